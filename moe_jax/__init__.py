@@ -17,7 +17,9 @@ __all__ = ["__version__", *_HOMES]
 def __getattr__(name: str) -> object:
     """Import a public name when it is first asked for (PEP 562)."""
     if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {sorted(__all__)}")
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}; public names: {sorted(__all__)}"
+        )
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value  # the next access is a plain lookup
     return value

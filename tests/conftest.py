@@ -2,7 +2,7 @@
 
 import os
 
-# What only this process needs: taken back below once jax has read it, so that the scripts which tests start as
+# What only this process needs: taken back below once jax has read it, so that scripts which tests start as
 # subprocesses meet the environment a user has.
 _WHILE_JAX_STARTS = {
     # XLA:CPU sizes its thread pool by this. With the default, 32 executions in flight that nobody waited for

@@ -1,0 +1,1 @@
+"""What a program costs, read or computed without running it."""
