@@ -1,0 +1,1 @@
+"""Exchanges: rows to the devices that hold their experts, and back. One file each."""
