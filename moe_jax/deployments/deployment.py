@@ -121,7 +121,8 @@ class Deployment:
         }
 
         def f(params, batch):
-            loss, grads, (share, stats) = self.local_gradients(params, batch)
+            used = gather_params(params, self.layouts, self.axes, self.model_config)
+            loss, grads, (share, stats) = self.local_gradients(used, batch)
             terms = self.axes.sum({"loss": loss, **share._asdict()}, *AXES)
             ids_MNTK = stats.expert_ids_TK
             flat_NTK = jnp.swapaxes(ids_MNTK, 0, 1).reshape(ids_MNTK.shape[1], -1, ids_MNTK.shape[3])
@@ -137,13 +138,12 @@ class Deployment:
 
         return jax.jit(self.shard_map(f, (rest, batch_specs), (PartitionSpec(), rest, routing)))
 
-    def local_gradients(self, params: dict, batch: dict) -> tuple[jax.Array, dict, tuple]:
+    def local_gradients(self, used: dict, batch: dict) -> tuple[jax.Array, dict, tuple]:
         """On one device: (loss share, this device's parts of the gradients, (LossShare, MoeStats)).
 
-        params at rest; the gradients are those of the gathered parameters, in their stored dtype, not yet
+        used: parameters as multiplied (gather_params). The gradients are in the parameters' stored dtype and not yet
         summed over devices.
         """
-        used = gather_params(params, self.layouts, self.axes, self.model_config)
         num_tokens = batch["ids_BL"].size * self.axes.size(*BATCH_AXES)
         grad = jax.value_and_grad(self.program.loss_share, has_aux=True)
         (loss, aux), grads = grad(used, batch["ids_BL"], batch["targets_BL"], num_tokens)
