@@ -32,7 +32,7 @@ KNOWN_TRIPS = (
 
 ENTRY %main (x: (s32[], f32[64])) -> (s32[], f32[64]) {
   %x = (s32[], f32[64]{0}) parameter(0)
-  ROOT %loop = (s32[], f32[64]{0}) while(%x), condition=%test_psum, body=%body, backend_config={"known_trip_count":{"n":"6"}}
+  ROOT %loop = (s32[], f32[64]{0}) while(%x), condition=%test_psum, body=%body, metadata={op_name="jit(f{)/while"}, backend_config={"known_trip_count":{"n":"6"}}
 }
 """
 )
