@@ -48,5 +48,5 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	@touch $@
 
 clean:
-	rm -rf .venv .venv312 build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv* build .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find moe_jax scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
