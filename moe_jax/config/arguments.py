@@ -3,9 +3,9 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from moe_jax.config.errors import ConfigError, Problem, did_you_mean, one_line
+from moe_jax.config.errors import ConfigError, Problem, did_you_mean
 from moe_jax.config.fields import SECTIONS, all_fields, describe_type, type_problem
 from moe_jax.config.load import COMMAND_LINE
 
@@ -25,8 +25,17 @@ def given_options(argv: Sequence[str]) -> dict[str, list[str]]:
 
 def field_of_option(option: str) -> str:
     """The dotted field that an option sets: ``train.no_resume`` -> ``train.resume``."""
-    positive = option.replace(".no_", ".", 1)
+    positive = _without_no(option)
     return positive if option not in all_fields() and positive in all_fields() else option
+
+
+def _without_no(option: str) -> str:
+    return re.sub(r"(^|\.)no_", r"\1", option, count=1)
+
+
+def strange_options(argv: Sequence[str], options: Sequence[str]) -> list[str]:
+    """The options on a command line, as they are typed, that are none of `options`."""
+    return [flag(name) for name in given_options(argv) if not {name, _without_no(name)} & set(options)]
 
 
 def flag(option: str) -> str:
@@ -37,6 +46,7 @@ def flag(option: str) -> str:
 def value_error(complaint: str, argv: Sequence[str]) -> ConfigError:
     """The error for tyro's `complaint` (a box of text) about an option's value or the lack of one."""
     hints = all_fields()
+    complaint = re.sub(r"\x1b\[[0-9;]*m", "", complaint)  # colours
     for option in re.findall(r"--([A-Za-z][\w.-]*)", complaint):
         field = field_of_option(option.replace("-", "_"))
         if field not in hints:
@@ -51,10 +61,10 @@ def value_error(complaint: str, argv: Sequence[str]) -> ConfigError:
         allowed = describe_type(hints[field]).replace("null", "None")
         lead = "must be" if values else "the value is missing; it must be"
         return ConfigError(Problem(field, value, f"{lead} {allowed}", fix, COMMAND_LINE))
-    return ConfigError(_first_section(complaint))
+    return ConfigError(_boxed_text(complaint))
 
 
-def unknown_option_error(unknown: Sequence[str], argv: Sequence[str], options: Iterable[str]) -> ConfigError:
+def unknown_option_error(unknown: Sequence[str], argv: Sequence[str], options: Sequence[str]) -> ConfigError:
     """The error for tokens that no option took; `options` are all there are, with underscores."""
     names = [token for token in unknown if token.startswith("-")]
     if not names:
@@ -80,8 +90,10 @@ def _stray_value(token: str, argv: Sequence[str]) -> Problem:
     return Problem("argument", token, "stands after no option that takes it", "see --help", COMMAND_LINE)
 
 
-def _first_section(box: str) -> str:
-    """The text of a tyro box up to its first rule, without colours and borders, in one line."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    rows = [line.strip("│| ") for line in plain.splitlines() if not line.startswith(("╭", "╰"))]
-    return one_line(" ".join(itertools.takewhile(lambda row: not row.startswith("─"), rows)))
+def _boxed_text(box: str) -> str:
+    """What a tyro box says first, without its title, in one line; borders may be drawn or blank."""
+    rows = [row for row in (line.strip("│ ") for line in box.splitlines()) if row]
+    rules = [number for number, row in enumerate(rows) if set(row) <= set("─-")]
+    start = 2 if 1 in rules else 1  # without drawn borders, a rule lies below the title
+    end = next((number for number in rules if number >= start), len(rows))
+    return " ".join(" ".join(rows[start:end]).split())

@@ -22,7 +22,13 @@ from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 
-from moe_jax.config.arguments import field_of_option, given_options, unknown_option_error, value_error
+from moe_jax.config.arguments import (
+    field_of_option,
+    given_options,
+    strange_options,
+    unknown_option_error,
+    value_error,
+)
 from moe_jax.config.errors import ConfigError, one_line
 from moe_jax.config.fields import all_fields, walk
 from moe_jax.config.load import ResolvedRun, available, override, resolve
@@ -94,7 +100,7 @@ def run_script(main: Callable[[list[str]], int], argv: Sequence[str] | None = No
 
 
 def parse_options(argv: Sequence[str], options: type[T], *, prog: str, description: str) -> T:
-    """An instance of the dataclass `options` from the command line, which also takes ``--debug``.
+    """An instance of the flat dataclass `options` from the command line, which also takes ``--debug``.
 
     ``--help`` prints and raises SystemExit(0). Raises ConfigError.
     """
@@ -102,7 +108,7 @@ def parse_options(argv: Sequence[str], options: type[T], *, prog: str, descripti
 
 
 def parse_run(argv: Sequence[str], options: type[T], *, prog: str, description: str) -> RunRequest[T]:
-    """The run that the command line asks for, checked, and the script's own `options` (a dataclass).
+    """The run that the command line asks for, checked, and the script's own `options` (a flat dataclass).
 
     ``--print-config`` and ``--help`` print and raise SystemExit(0). Raises ConfigError.
     """
@@ -155,7 +161,9 @@ def _parse(
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise value_error(complaint.getvalue(), argv) from None
+        strange = strange_options(argv, options)
+        error = unknown_option_error(strange, argv, options) if strange else None
+        raise error or value_error(complaint.getvalue(), argv) from None
     if unknown:
         raise unknown_option_error(unknown, argv, options)
     sys.stderr.write(complaint.getvalue())

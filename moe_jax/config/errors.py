@@ -32,7 +32,9 @@ class Problem:
     def __str__(self) -> str:
         source = f" ({self.source})" if self.source else ""
         fix = f"; {self.fix}" if self.fix else ""
-        return one_line(f"{self.field} = {_ShortRepr().repr(self.value)}{source}: {self.allowed}{fix}")
+        # In files and in from_dict's input, what a tuple holds is a list.
+        value = list(self.value) if isinstance(self.value, tuple) else self.value
+        return one_line(f"{self.field} = {_ShortRepr().repr(value)}{source}: {self.allowed}{fix}")
 
 
 class ConfigError(ValueError):
@@ -58,8 +60,8 @@ class ConfigError(ValueError):
 
 
 def one_line(text: str) -> str:
-    """`text` with every run of white space, line breaks included, as one space."""
-    return " ".join(text.split())
+    """`text` with every line break, and the white space around it, as one space."""
+    return " ".join(line.strip() for line in text.splitlines())
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
@@ -73,5 +75,5 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
         last = option.rpartition(".")[2]
         by_last.setdefault(last, option)
         by_last.setdefault("".join(word[0] for word in re.split("[_-]", last) if word), option)
-    near = difflib.get_close_matches(name.rpartition(".")[2], list(by_last), n=1, cutoff=0.65)
+    near = difflib.get_close_matches(name.lower().rpartition(".")[2], list(by_last), n=1, cutoff=0.65)
     return f"did you mean {by_last[near[0]]}?" if near else ""

@@ -5,6 +5,7 @@ only liberties are an int where a float is wanted, and a list where a tuple is.
 """
 
 import dataclasses
+import functools
 import math
 import types
 from collections.abc import Iterator, Mapping
@@ -20,16 +21,19 @@ SECTIONS: Mapping[str, type[Section]] = types.MappingProxyType(
 _KIND = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
-def section_fields(section: str) -> dict[str, Any]:
+@functools.cache
+def section_fields(section: str) -> Mapping[str, Any]:
     """Field name -> type of one section (``model``, ``deployment``, ``train``, ``data``)."""
-    return get_type_hints(SECTIONS[section])
+    return types.MappingProxyType(get_type_hints(SECTIONS[section]))
 
 
-def all_fields() -> dict[str, Any]:
+@functools.cache
+def all_fields() -> Mapping[str, Any]:
     """Dotted field name -> type, over all sections in order."""
-    return {
-        f"{section}.{name}": hint for section in SECTIONS for name, hint in section_fields(section).items()
+    fields = {
+        f"{section}.{name}": kind for section in SECTIONS for name, kind in section_fields(section).items()
     }
+    return types.MappingProxyType(fields)
 
 
 def describe_type(hint: Any) -> str:
@@ -80,8 +84,10 @@ def convert(field: str, value: Any, hint: Any, source: str = "") -> Any:
     if problem := type_problem(field, value, hint, source):
         raise ConfigError(problem)
     if hint is float and isinstance(value, int):
-        # A whole number beyond float's range stays what it is; the range check refuses it.
-        return float(value) if abs(value) < 10**300 else math.copysign(math.inf, value)
+        try:
+            return float(value)
+        except OverflowError:  # beyond what any range allows; the check says so
+            return math.inf if value > 0 else -math.inf
     return tuple(value) if get_origin(hint) is tuple else value
 
 

@@ -59,9 +59,9 @@ def find_config(kind: str, name: str) -> Path:
     """
     path = Path(name)
     # os.path and not Path: a name that is too long or holds a NUL is simply not there.
-    if (path.suffix or len(path.parts) > 1) and os.path.exists(name):
+    if (path.suffix or os.sep in name) and os.path.exists(name):
         return path
-    if len(path.parts) == 1:
+    if os.sep not in name:
         for folder in config_folders(kind):
             if os.path.isfile(file := folder / f"{name}.yaml"):
                 return file
