@@ -56,9 +56,10 @@ class Placement:
 
 
 def expert_placement(params: dict, mesh: Mesh) -> Placement:
-    """What each device of `mesh` has of ``params["blocks"]["experts"]``: placed arrays, or their descriptions.
+    """What each device of `mesh` has of ``params["blocks"]["experts"]``.
 
-    Every matrix of the experts is read: they must all be cut alike. Reads no values.
+    The leaves are arrays, or their descriptions with shardings; no values are read. All matrices of the
+    experts must be cut alike.
     Raises PlacementError if they are not, or if an array does not lie on the devices of the mesh.
     """
     matrices = params["blocks"]["experts"]
