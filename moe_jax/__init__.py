@@ -9,7 +9,11 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it.
-_HOMES: dict[str, str] = {}
+_HOMES: dict[str, str] = {
+    "Model": "moe_jax.api",
+    "build": "moe_jax.api",
+    "load": "moe_jax.api",
+}
 
 __all__ = ["__version__", *_HOMES]
 

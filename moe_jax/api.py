@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from moe_jax.checkpoint.store import open_checkpoint
+from moe_jax.checkpoint import open_checkpoint
 from moe_jax.config import check_deployment, check_run, from_dict, parse_deployment
 from moe_jax.config.schema import DeploymentConfig, ModelConfig, RunConfig
 from moe_jax.deployments import Deployment, create
@@ -108,17 +108,14 @@ def load(path: str | Path, deployment: str | DeploymentConfig = "single") -> Mod
     wrote the checkpoint. Only the weights are read. Raises ConfigError (a ValueError) for a deployment that
     does not fit the model or the devices, CheckpointError for a folder that is no checkpoint of ours.
     """
-    store, step = open_checkpoint(path)
-    try:
-        model_config = from_dict(store.meta(step)["config"]).model
-        config = _resolve_deployment(deployment)
-        check_deployment(model_config, config)
-        placed = create(model_config, config)
-        params = store.restore_params(step, placed.abstract_params())
-        cast = jax.jit(lambda p: cast_for_compute(p, model_config))(params)
-        return Model(placed, lambda: cast)
-    finally:
-        store.close()
+    checkpoint = open_checkpoint(path)
+    model_config = from_dict(checkpoint.meta["config"], f"{checkpoint.path}: config").model
+    config = _resolve_deployment(deployment)
+    check_deployment(model_config, config)
+    placed = create(model_config, config)
+    params = checkpoint.restore_params(placed.abstract_params())
+    cast = jax.jit(lambda p: cast_for_compute(p, model_config))(params)
+    return Model(placed, lambda: cast)
 
 
 def build(run_config: RunConfig) -> tuple[Model, Callable[[dict], dict]]:

@@ -92,11 +92,12 @@ class Deployment:
         num_sequences, length = ids_BL.shape
         padding = -num_sequences % self.batch_multiple
         padded = np.pad(ids_BL, ((0, padding), (0, 0)))
-        logits_TV = self._logits(params, self.place_batch({"ids": padded})["ids"])
+        logits_TV = self.logits_program(params, self.place_batch({"ids": padded})["ids"])
         return logits_TV.reshape(len(padded), length, -1)[:num_sequences]
 
     @cached_property
-    def _logits(self) -> Callable:
+    def logits_program(self) -> Callable:
+        """The jitted function of (params in use, placed ids) to logits [B L, V] behind logits."""
         out = PartitionSpec((*BATCH_AXES, "pipe"), "tensor")
         return jax.jit(self.shard_map(self.program.logits, (self.specs(at_rest=False), BATCH_SPEC), out))
 
@@ -124,14 +125,14 @@ class Deployment:
             used = gather_params(params, self.layouts, self.axes, self.model_config)
             loss, grads, (share, stats) = self.local_gradients(used, batch)
             terms = self.axes.sum({"loss": loss, **share._asdict()}, *AXES)
-            ids_MNTK = stats.expert_ids_TK
+            ids_MNTK = stats.moe.expert_ids_TK
             flat_NTK = jnp.swapaxes(ids_MNTK, 0, 1).reshape(ids_MNTK.shape[1], -1, ids_MNTK.shape[3])
             return (
                 terms,
                 sum_gradients(grads, self.layouts, self.axes),
                 {
-                    "tokens_per_expert_NE": stats.tokens_per_expert_E,
-                    "rounds_N": self.axes.max(jnp.max(stats.rounds, axis=0), *BATCH_AXES),
+                    "tokens_per_expert_NE": stats.moe.tokens_per_expert_E,
+                    "rounds_N": self.axes.max(jnp.max(stats.moe.rounds, axis=0), *BATCH_AXES),
                     "expert_ids_NTK": flat_NTK,
                 },
             )
@@ -139,10 +140,10 @@ class Deployment:
         return jax.jit(self.shard_map(f, (rest, batch_specs), (PartitionSpec(), rest, routing)))
 
     def local_gradients(self, used: dict, batch: dict) -> tuple[jax.Array, dict, tuple]:
-        """On one device: (loss share, this device's parts of the gradients, (LossShare, MoeStats)).
+        """On one device: (loss share, this device's parts of the gradients, (LossShare, BlockStats)).
 
-        used: parameters as multiplied (gather_params). The gradients are in the parameters' stored dtype and not yet
-        summed over devices.
+        used: parameters as multiplied (gather_params). The gradients are in the parameters' stored dtype and
+        not yet summed over devices.
         """
         num_tokens = batch["ids_BL"].size * self.axes.size(*BATCH_AXES)
         grad = jax.value_and_grad(self.program.loss_share, has_aux=True)

@@ -16,13 +16,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.config.schema import DeploymentConfig, ModelConfig
 from moe_jax.deployments.rules import BATCH_AXES
-from moe_jax.model.block import Seams
+from moe_jax.model.block import BlockStats, Seams
 from moe_jax.model.cache import Cache
 from moe_jax.model.dispatch import local_exchange
 from moe_jax.model.embed import embed
 from moe_jax.model.logits import SoftmaxParts, cross_entropy, head_matrix, logits, softmax_parts
 from moe_jax.model.losses import balance_loss, z_loss
-from moe_jax.model.moe import MoeStats
 from moe_jax.model.norm import rms_norm
 from moe_jax.model.transformer import cast_for_compute, run_blocks, run_blocks_cached
 from moe_jax.parallel.exchange.bucketed import BucketedExchange
@@ -65,7 +64,7 @@ class Program:
         with jax.named_scope("embed"):
             return self.axes.sum(embed(table_VD, ids_BL, first_id), "tensor")
 
-    def hidden(self, params: dict, ids_BL: jax.Array) -> tuple[jax.Array, MoeStats]:
+    def hidden(self, params: dict, ids_BL: jax.Array) -> tuple[jax.Array, BlockStats]:
         """Through all blocks: ids [B, L] -> (this pipe stage's share of the tokens [T / pipe, D], stats).
 
         The last stage's result is cut into equal parts, one per stage, so that the output projection is
@@ -106,14 +105,15 @@ class Program:
 
     def loss_share(
         self, params: dict, ids_BL: jax.Array, targets_BL: jax.Array, num_tokens: int
-    ) -> tuple[jax.Array, tuple[LossShare, MoeStats]]:
+    ) -> tuple[jax.Array, tuple[LossShare, BlockStats]]:
         """This device's share of the loss over ``num_tokens`` tokens of all devices, its terms, and stats."""
         x_TD, stats = self.hidden(params, ids_BL)
         nll_sum = self._nll_sum(params, x_TD, self._own_tokens(targets_BL))
-        counts_NE = self.axes.sum(jnp.sum(stats.tokens_per_expert_E, axis=0), *BATCH_AXES)
+        routing = stats.moe
+        counts_NE = self.axes.sum(jnp.sum(routing.tokens_per_expert_E, axis=0, dtype=jnp.int32), *BATCH_AXES)
         cfg, scale = self.model, 1 / (self.axes.size("tensor") * self.model.num_layers)
-        balance_N = balance_loss(counts_NE, jnp.sum(stats.prob_sum_E, axis=0), num_tokens, cfg.top_k)
-        z_N = z_loss(jnp.sum(stats.z_sum, axis=0), num_tokens)
+        balance_N = balance_loss(counts_NE, jnp.sum(routing.prob_sum_E, axis=0), num_tokens, cfg.top_k)
+        z_N = z_loss(jnp.sum(routing.z_sum, axis=0), num_tokens)
         # Every tensor device holds these same values; each contributes its fraction.
         share = LossShare(
             nll_sum / (self.axes.size("tensor") * num_tokens),
@@ -124,7 +124,7 @@ class Program:
         loss = share.cross_entropy
         for term, weight in terms:
             loss = loss + weight * term.astype(loss.dtype)
-        return loss, (share, stats._replace(tokens_per_expert_E=counts_NE))
+        return loss, (share, stats._replace(moe=routing._replace(tokens_per_expert_E=counts_NE)))
 
     def _nll_sum(self, params: dict, x_TD: jax.Array, targets_T: jax.Array) -> jax.Array:
         """Sum of the cross-entropy over tokens, in chunks whose logits are recomputed backward."""

@@ -1,11 +1,9 @@
 """The rule table: which mesh axes split which logical dim. The same for every deployment."""
 
-from moe_jax.parallel.sharding import Rules
-
 BATCH_AXES = ("data", "expert")
 """Sequences are split over these; parameters they replicate are split over them at rest."""
 
-RULES: Rules = {
+RULES: dict[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,
     "layers": ("pipe",),
     "experts": ("expert",),

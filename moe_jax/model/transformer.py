@@ -8,12 +8,11 @@ from flax import nnx
 
 from moe_jax.config.schema import ModelConfig
 from moe_jax.model.attention import Attention
-from moe_jax.model.block import Seams, block
+from moe_jax.model.block import BlockStats, Seams, block
 from moe_jax.model.cache import Cache, LayerCache
 from moe_jax.model.embed import Embed, embed
 from moe_jax.model.experts import Experts, SharedExpert
 from moe_jax.model.logits import Head, head_matrix, logits
-from moe_jax.model.moe import MoeStats
 from moe_jax.model.norm import Norm, rms_norm
 from moe_jax.model.router import Router
 
@@ -74,14 +73,19 @@ def logical_names(cfg: ModelConfig) -> tuple[dict, dict]:
 _KEPT_DTYPE = ("router", "attention_norm", "moe_norm", "final_norm")
 
 
-def cast_for_compute(params: dict, cfg: ModelConfig) -> dict:
-    """Weights in the compute dtype, except the router and the norms' scales."""
+def compute_dtypes(params: dict, cfg: ModelConfig) -> dict:
+    """The dtype each parameter is multiplied in: the compute dtype, but for the router and the norms."""
 
-    def cast(path, leaf):
+    def dtype(path, leaf) -> jnp.dtype:
         kept = any(getattr(key, "key", None) in _KEPT_DTYPE for key in path)
-        return leaf if kept else leaf.astype(cfg.compute_dtype)
+        return leaf.dtype if kept else jnp.dtype(cfg.compute_dtype)
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+    return jax.tree_util.tree_map_with_path(dtype, params)
+
+
+def cast_for_compute(params: dict, cfg: ModelConfig) -> dict:
+    """Parameters in the dtypes they are multiplied in."""
+    return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), params, compute_dtypes(params, cfg))
 
 
 _REMAT_POLICIES = {
@@ -90,7 +94,9 @@ _REMAT_POLICIES = {
 }
 
 
-def run_blocks(blocks: dict, x_BLD: jax.Array, cfg: ModelConfig, seams: Seams) -> tuple[jax.Array, MoeStats]:
+def run_blocks(
+    blocks: dict, x_BLD: jax.Array, cfg: ModelConfig, seams: Seams
+) -> tuple[jax.Array, BlockStats]:
     """Through every block given (all or a run of them): [B, L, D] -> same, and stats with a layers dim."""
 
     def body(x_BLD, layer):

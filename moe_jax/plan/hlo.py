@@ -35,6 +35,9 @@ class Collective:
     """False when a loop around it has no known trip count: it is counted as one, `count` is a lower bound."""
     dtype: str
     """XLA's name of the dtype moved; several joined by "+"."""
+    num_operands: int
+    """Arrays a device puts in: several where the compiler merged collectives into one, and in the form of
+    all-to-all that has one array for each peer."""
     operand_bytes: int
     """What a device puts in. ragged-all-to-all: the whole rows buffer, filled or not."""
     result_bytes: int
@@ -226,6 +229,7 @@ def _collective(
         conditional=context.conditional,
         trips_known=context.trips_known,
         dtype="+".join(sorted({shape.dtype for shape in operands})),
+        num_operands=len(operands),
         operand_bytes=operand_bytes,
         result_bytes=result_bytes,
         sent_bytes=_sent_bytes(kind, operand_bytes, result_bytes, group_size, pairs),

@@ -162,7 +162,7 @@ class Trainer:
         def one_slice(slice_BL: dict) -> tuple:
             loss, grads, (share, stats) = dep.local_gradients(used, slice_BL)
             terms = {"loss": loss, **share._asdict()}
-            return terms, grads, stats.tokens_per_expert_E, jnp.max(stats.rounds, axis=0)
+            return terms, grads, stats.moe.tokens_per_expert_E, jnp.max(stats.moe.rounds, axis=0)
 
         if num_slices == 1:
             return one_slice(jax.tree.map(lambda a: a[0], batch))

@@ -1,0 +1,1 @@
+"""Measurements that scripts/benchmark.py prints. Always several things in one run, told as ratios."""
