@@ -106,6 +106,7 @@ def test_all_gather_and_psum_scatter() -> None:
 
 def test_psum_of_a_tuple_counts_every_array() -> None:
     found = compiled(lambda x, y: lax.psum((x, y, x * y), "x"), (16, 64), (16, 64), outputs=PartitionSpec())
+    assert sum(one.num_operands for one in found) == 3
     assert sum(one.operand_bytes * one.count for one in found) == 3 * 256
     assert sum(one.sent_bytes * one.count for one in found) == 2 * 15 / 16 * 3 * 256
 
