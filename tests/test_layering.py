@@ -21,7 +21,7 @@ LAYERS = (
     {"model", "parallel", "plan"},
     {"deployments"},
     {"checkpoint", "train", "infer"},
-    {"compare", "api"},
+    {"compare", "bench", "api"},
     {"scripts"},
 )
 RANKS = {package: rank for rank, packages in enumerate(LAYERS) for package in packages}
