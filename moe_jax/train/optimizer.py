@@ -1,7 +1,5 @@
 """AdamW with warm-up and cosine decay (Loshchilov and Hutter 2019), from optax."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -9,7 +7,7 @@ import optax
 from moe_jax.config.schema import TrainConfig
 
 
-def learning_rate_schedule(cfg: TrainConfig) -> Callable[[jax.Array], jax.Array]:
+def learning_rate_schedule(cfg: TrainConfig) -> optax.Schedule:
     """Linear warm-up over warmup_steps, then a cosine down to final_lr_fraction of the peak.
 
     Takes the number of steps done before this one (int32 scalar); returns a float32 scalar. The first step
@@ -25,7 +23,7 @@ def learning_rate_schedule(cfg: TrainConfig) -> Callable[[jax.Array], jax.Array]
             decay_steps=cfg.steps,
             end_value=cfg.learning_rate * cfg.final_lr_fraction,
         )
-    return lambda step: jnp.asarray(schedule(step.astype(jnp.float32) + 1.0), jnp.float32)
+    return lambda step: jnp.asarray(schedule(jnp.asarray(step, jnp.float32) + 1.0), jnp.float32)
 
 
 def make_optimizer(cfg: TrainConfig) -> optax.GradientTransformation:
@@ -46,9 +44,9 @@ def make_optimizer(cfg: TrainConfig) -> optax.GradientTransformation:
         mask=is_matrix,
     )
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         # optax mixes int32 counts with floats; callers may have forbidden that for their own code.
         with jax.numpy_dtype_promotion("standard"):
-            return adamw.update(grads, state, params)
+            return adamw.update(updates, state, params)
 
     return optax.GradientTransformation(adamw.init, update)
