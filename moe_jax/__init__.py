@@ -5,26 +5,21 @@ and everything under :mod:`moe_jax.config` stay free of jax and take millisecond
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moe_jax.api import Model, build, load
 
 __version__ = "0.1.0"
 
-# Public name -> the module that defines it.
-_HOMES: dict[str, str] = {
-    "Model": "moe_jax.api",
-    "build": "moe_jax.api",
-    "load": "moe_jax.api",
-}
-
-__all__ = ["__version__", *_HOMES]
+__all__ = ["Model", "__version__", "build", "load"]
 
 
 def __getattr__(name: str) -> object:
     """Import a public name when it is first asked for (PEP 562)."""
-    if name not in _HOMES:
-        raise AttributeError(
-            f"module {__name__!r} has no attribute {name!r}; public names: {sorted(__all__)}"
-        )
-    value = getattr(import_module(_HOMES[name]), name)
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {__all__}")
+    value = getattr(import_module("moe_jax.api"), name)
     globals()[name] = value  # the next access is a plain lookup
     return value
 
