@@ -90,6 +90,7 @@ FLAG = "--xla_force_host_platform_device_count"
 TIMEOUT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 
 
+@pytest.mark.smoke
 def test_devices_are_emulated_with_a_line_that_says_so():
     done = run(f"ensure_devices(5); assert 'jax' in sys.modules; {COUNT}")
     assert done.stdout == f"5 32 {TIMEOUT}\n"

@@ -6,7 +6,7 @@ installed package (that is the repository root of an editable install).
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from moe_jax.config.yaml_file import read_yaml
 
 AXES = ("pipe", "data", "expert", "tensor")
 COMMAND_LINE = "command line"
+_Layer = tuple[dict[str, Any], str]  # values by dotted field, and where they come from
 _FLAG = {"runs": "config", "models": "model", "deployments": "deployment"}
 
 
@@ -93,42 +94,40 @@ def load_run(
 
     Raises ConfigError.
     """
-    resolved = resolve(config, model, deployment)
-    return override(resolved, overrides or {})
+    return override(resolve(config, model, deployment), overrides or {})
 
 
 def resolve(config: str | None, model: str | None, deployment: str | None) -> ResolvedRun:
     """:func:`load_run` without single fields, and without its last step, the checks."""
-    run_path = find_config("runs", config) if config is not None else None
-    run = read_yaml(run_path) if run_path else {}
-    source = _shown(run_path) if run_path else ""
+    values: dict[str, Any] = {}
+    provenance: dict[str, str] = dict.fromkeys(all_fields(), "default")
+    for layer, source in _layers(config, model, deployment):
+        values |= layer
+        provenance |= dict.fromkeys(layer, source)
+    return _relabel(ResolvedRun(build_run(values), provenance))
+
+
+def _layers(config: str | None, model: str | None, deployment: str | None) -> Iterator[_Layer]:
+    """What the files say, later ones over earlier ones."""
+    path = find_config("runs", config) if config is not None else None
+    run = read_yaml(path) if path else {}
+    source = _shown(path) if path else ""
     for section in run:
         if section not in SECTIONS:
             raise ConfigError(unknown_field(section, run[section], source))
-
-    values: dict[str, Any] = {}
-    provenance: dict[str, str] = dict.fromkeys(all_fields(), "default")
-
-    def lay(new: Mapping[str, Any], new_source: str) -> None:
-        values.update(new)
-        provenance.update(dict.fromkeys(new, new_source))
-
-    if isinstance(name := run.get("model"), str):
-        del run["model"]
-        model = name if model is None else model
+    # A text in place of fields names a file; one on the command line stands in for it.
+    named = {name: run.pop(name) for name in ("model", "deployment") if isinstance(run.get(name), str)}
+    model = named.get("model") if model is None else model
+    deployment = named.get("deployment") if deployment is None else deployment
     if model is not None:
-        lay(*_read_named("models", model))
-    if isinstance(name := run.get("deployment"), str):
-        del run["deployment"]
-        deployment = name if deployment is None else deployment
+        yield _read_named("models", model)
     for section, part in run.items():
-        new = read_section(section, part, source)
+        layer = read_section(section, part, source)
         # A deployment is one choice: a row given later replaces it whole, never half of it.
         if section != "deployment" or deployment is None:
-            lay(new, source)
+            yield layer, source
     if deployment is not None:
-        lay(*_read_deployment(deployment))
-    return _relabel(ResolvedRun(build_run(values), provenance))
+        yield _read_deployment(deployment)
 
 
 def override(resolved: ResolvedRun, overrides: Mapping[str, Any], source: str = COMMAND_LINE) -> ResolvedRun:
@@ -148,14 +147,10 @@ def override(resolved: ResolvedRun, overrides: Mapping[str, Any], source: str = 
 
 def _relabel(resolved: ResolvedRun) -> ResolvedRun:
     """A mesh that was changed after it was named gets the name of its sizes; a row's name must not lie."""
-    provenance = resolved.provenance
+    provenance, deployment = resolved.provenance, resolved.config.deployment
     named_by = provenance["deployment.name"]
-    if all(provenance[f"deployment.{axis}"] in ("default", named_by) for axis in AXES):
-        return resolved
-    if named_by == COMMAND_LINE:
-        return resolved
-    deployment = resolved.config.deployment
-    if any(isinstance(size := getattr(deployment, axis), bool) or size < 1 for axis in AXES):
+    unchanged = all(provenance[f"deployment.{axis}"] in ("default", named_by) for axis in AXES)
+    if unchanged or named_by == COMMAND_LINE:
         return resolved
     config = replace(resolved.config, deployment=replace(deployment, name=mesh_label(deployment)))
     return ResolvedRun(config, {**provenance, "deployment.name": "the mesh's sizes"})
@@ -176,7 +171,7 @@ def parse_deployment(text: str) -> DeploymentConfig:
     return build_run(values).deployment
 
 
-def _read_named(kind: str, name: str) -> tuple[dict[str, Any], str]:
+def _read_named(kind: str, name: str) -> _Layer:
     path = find_config(kind, name)
     section = {"models": "model", "deployments": "deployment"}[kind]
     row = read_yaml(path)
@@ -185,7 +180,7 @@ def _read_named(kind: str, name: str) -> tuple[dict[str, Any], str]:
     return read_section(section, row, _shown(path)), _shown(path)
 
 
-def _read_deployment(text: str) -> tuple[dict[str, Any], str]:
+def _read_deployment(text: str) -> _Layer:
     if "=" not in text:
         return _read_named("deployments", text)
     sizes: dict[str, Any] = {}
