@@ -71,7 +71,7 @@ def type_problem(field: str, value: object, hint: Any, source: str = "") -> Prob
         fix = "write it as a list, even of one"
     elif value in ("None", "none") and type(None) in get_args(hint):
         fix = "write null"
-    elif isinstance(value, str) and not _fits(value, hint):
+    elif isinstance(value, str) and value[:1].isdigit():
         fix = "give it without quotes or units"
     return Problem(field, value, f"must be {describe_type(hint)}", fix, source)
 
@@ -125,7 +125,8 @@ def build_run(values: Mapping[str, Any]) -> RunConfig:
     for field, value in values.items():
         section, _, name = field.partition(".")
         by_section[section][name] = value
-    return RunConfig(**{section: SECTIONS[section](**by_section[section]) for section in SECTIONS})  # type: ignore[arg-type]
+    parts: dict[str, Any] = {section: kind(**by_section[section]) for section, kind in SECTIONS.items()}
+    return RunConfig(**parts)
 
 
 def mesh_label(deployment: DeploymentConfig) -> str:
