@@ -147,7 +147,7 @@ class _Training:
         )
 
     def _drain(self, keep: int) -> None:
-        """Wait for all steps under way but the newest ``keep``; report them; stop at one that is not finite."""
+        """Wait for the steps under way but the newest ``keep``; report them; stop at one not finite."""
         while len(self.pending) > keep:
             done = self.pending.popleft()
             values = jax.device_get(done.metrics)
@@ -199,6 +199,7 @@ class _Training:
         good = f"step {steps[-1]} in {self.store.directory}" if steps else "none was saved yet"
         return (
             f"step {step} is not finite (loss {float(values['loss'])}, gradient norm "
-            f"{float(values['grad_norm'])}); it began {began}. The update was not made. Last good checkpoint: {good}. Try a lower "
-            f"train.learning_rate, a longer train.warmup_steps, a smaller clip_norm, or compute in float32"
+            f"{float(values['grad_norm'])}); it began {began}. The update was not made. "
+            f"Last good checkpoint: {good}. Try a lower train.learning_rate, a longer train.warmup_steps, "
+            f"a smaller train.clip_norm, or compute in float32"
         )
