@@ -132,12 +132,19 @@ def placement_rows(placement: Placement) -> list[Row]:
         rows.append(
             Row(
                 devices=_numbers(held.device for held in members),
-                layers=_span_text(layers, placement.num_layers),
-                experts=_by_device([_span_text(held.experts, placement.num_experts) for held in members]),
+                layers=span_text(layers, placement.num_layers),
+                experts=_by_device([span_text(held.experts, placement.num_experts) for held in members]),
                 hidden=_by_device([_part_text(held, placement) for held in members]),
             )
         )
     return rows
+
+
+def span_text(span: Span, size: int | None = None) -> str:
+    """A span in words: ``3``, ``0-3``, or ``all 16`` for the whole of a dim whose size is given."""
+    if size is not None and size > 1 and span == (0, size):
+        return f"all {size}"
+    return str(span[0]) if span[1] - span[0] == 1 else f"{span[0]}-{span[1] - 1}"
 
 
 def _spans(name: str, array: jax.Array, mesh: Mesh) -> list[dict[str, Span]]:
@@ -169,20 +176,13 @@ def _ranges(held: Held) -> dict[str, Span]:
 
 
 def _describe(spans: dict[str, Span]) -> str:
-    return ", ".join(f"{name} {_span_text(span)}" for name, span in spans.items())
-
-
-def _span_text(span: Span, size: int | None = None) -> str:
-    """``3``, ``0-3``, or for the whole of a dim of several ``all 16``."""
-    if size is not None and size > 1 and span == (0, size):
-        return f"all {size}"
-    return str(span[0]) if span[1] - span[0] == 1 else f"{span[0]}-{span[1] - 1}"
+    return ", ".join(f"{name} {span_text(span)}" for name, span in spans.items())
 
 
 def _part_text(held: Held, placement: Placement) -> str:
-    text = _span_text(held.hidden, placement.expert_hidden)
+    text = span_text(held.hidden, placement.expert_hidden)
     if held.width != (0, placement.d_model):
-        text += f" x width {_span_text(held.width)}"
+        text += f" x width {span_text(held.width)}"
     return text
 
 
