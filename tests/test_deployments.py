@@ -95,13 +95,21 @@ def _single_run(kind: str, dtype: str) -> Run:
     return Run(DeploymentConfig(), kind, dtype)
 
 
-def worst_difference(got, expected) -> float:
-    """The largest difference of any array of a tree, relative to that array's largest value."""
+def largest(x: np.ndarray) -> float:
+    return float(np.max(np.abs(x)))
+
+
+def norm(x: np.ndarray) -> float:
+    return float(np.linalg.norm(x))
+
+
+def worst_difference(got, expected, size=largest) -> float:
+    """The difference of the array of a tree that differs most, relative to that array's size."""
 
     def difference(a, b) -> float:
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert a.shape == b.shape
-        return float(np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-30))
+        return size(a - b) / max(size(b), 1e-30)
 
     return max(jax.tree.leaves(jax.tree.map(difference, got, expected)))
 
@@ -115,8 +123,10 @@ def check(run: Run, kind: str, dtype: str, routings=ROUTINGS) -> None:
         )
         for part in ("logits", "terms", "gradients"):
             assert worst_difference(got[part], expected[part]) < TOLERANCE[dtype], (routing, part)
-        trained = run.after_three_steps(routing)
-        assert worst_difference(trained, expected_trained) < TOLERANCE[dtype], routing
+        # AdamW divides by the gradient's own size: where a gradient is all rounding, so is the update, up to
+        # the learning rate. In float32 that shows in single entries, so there the norm is compared.
+        trained, size = run.after_three_steps(routing), largest if dtype == "float64" else norm
+        assert worst_difference(trained, expected_trained, size) < TOLERANCE[dtype], (routing, "trained")
 
 
 @pytest.mark.parametrize("kind", ["plain", "rich"])
@@ -177,5 +187,5 @@ def test_a_broken_exchange_is_found(monkeypatch, broken):
         return jax.numpy.roll(out, 1, axis=0) if next(calls) == broken else out
 
     monkeypatch.setattr(bucketed.BucketedExchange, "_all_to_all", off_by_one)
-    with pytest.raises(AssertionError, match="logits"):
+    with pytest.raises(AssertionError, match="random"):
         check(Run(MESHES["ep16"], "plain", "float64"), "plain", "float64", ("random",))

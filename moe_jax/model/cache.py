@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 
 class LayerCache(NamedTuple):
@@ -15,7 +16,8 @@ class LayerCache(NamedTuple):
 
     def append(self, k_BLGA: jax.Array, v_BLGA: jax.Array) -> "LayerCache":
         """Write L further positions; the caller sees to it that length + L <= S."""
-        start = (0, self.length, 0, 0)
+        zero = jnp.zeros_like(self.length)
+        start = (zero, self.length, zero, zero)
         k = jax.lax.dynamic_update_slice(self.k_BSGA, k_BLGA.astype(self.k_BSGA.dtype), start)
         v = jax.lax.dynamic_update_slice(self.v_BSGA, v_BLGA.astype(self.v_BSGA.dtype), start)
         return LayerCache(k, v, self.length + k_BLGA.shape[1])
