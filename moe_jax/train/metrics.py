@@ -17,25 +17,34 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsWriter:
     """Appends records to ``metrics.jsonl`` and their numbers to TensorBoard; one record, one flushed line.
 
-    A record is {"kind": "train" | "eval", "step": int, ...}. JSON has no NaN and no infinity: such numbers
-    are written as the strings "NaN", "Infinity", "-Infinity", which float() reads. A resumed run appends;
-    steps that an earlier life had reported come again, and readers take the newest (:func:`read_metrics`).
+    A record is {"kind": "train" | "eval", "step": int, "run": int, ...}; run counts the processes that have
+    written to the folder, from 1. JSON has no NaN and no infinity: such numbers are written as the strings
+    "NaN", "Infinity", "-Infinity", which float() reads. A resumed run appends; steps that an earlier life had
+    reported come again, and readers take the newest (:func:`read_metrics`).
     """
 
     def __init__(self, folder: Path):
-        """Opens the files in ``folder``; a line torn by a kill is ended so that the next one stands alone."""
+        """Opens the file in ``folder``; half a line that a kill left at its end is cut off."""
+        self._folder = folder
         path = folder / METRICS_FILE
-        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        self._run = 1
+        if path.exists():
+            _cut_torn_line(path)
+            self._run += max((record["run"] for record in read_all_metrics(folder)), default=0)
         self._file = path.open("a", encoding="utf-8")
-        if torn:
-            self._file.write("\n")
-        self._board = SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
+        self._board: SummaryWriter | None = None
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Write one record; values are numbers or (nested lists of) arrays."""
-        record = {"kind": kind, "step": step} | {name: _json_value(value) for name, value in values.items()}
+        record = {"kind": kind, "step": step, "run": self._run}
+        record |= {name: _json_value(value) for name, value in values.items()}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
+        if self._board is None:
+            # purge_step: TensorBoard forgets what an earlier life had shown from this step on.
+            # The suffix: files are named by the second, and two lives may share one.
+            folder, suffix = str(self._folder / "tensorboard"), f".{self._run}"
+            self._board = SummaryWriter(folder, purge_step=step, flush_secs=10, filename_suffix=suffix)
         for name, value in values.items():
             if np.ndim(value) == 0:
                 self._board.add_scalar(f"{kind}/{name}", float(value), step)
@@ -45,7 +54,14 @@ class MetricsWriter:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _cut_torn_line(path: Path) -> None:
+    with path.open("r+b") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
 
 
 def _json_value(value: Any) -> Any:
@@ -58,18 +74,44 @@ def _json_value(value: Any) -> Any:
 
 
 def read_all_metrics(folder: str | Path) -> Iterator[dict[str, Any]]:
-    """Every whole record of a run folder, in the order written; lines torn by a kill are passed over."""
-    with (Path(folder) / METRICS_FILE).open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                continue
+    """Every record of a run folder, in the order written; a last line that is not whole is passed over.
+
+    Raises:
+        ValueError: another line that is no record, named by its number.
+        FileNotFoundError: the folder holds no metrics.
+    """
+    path = Path(folder) / METRICS_FILE
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                return  # being written, or torn by a kill
+            record = _parse(line)
+            if record is None:
+                raise ValueError(f"{path}: line {number} is not a record of metrics; remove it")
+            yield record
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and {"kind", "step", "run"} <= record.keys() else None
 
 
 def read_metrics(folder: str | Path, kind: str = "train") -> dict[int, dict[str, Any]]:
-    """Step -> the newest record of that kind, ascending."""
-    newest = {record["step"]: record for record in read_all_metrics(folder) if record["kind"] == kind}
+    """Step -> the newest record of that kind, ascending.
+
+    What a life that was killed had reported beyond the step its successor began at is left out.
+    """
+    newest: dict[int, dict[str, Any]] = {}
+    run = 0
+    for record in read_all_metrics(folder):
+        if record["run"] > run:
+            run = record["run"]
+            newest = {step: old for step, old in newest.items() if step < record["step"]}
+        if record["kind"] == kind:
+            newest[record["step"]] = record
     return dict(sorted(newest.items()))
 
 

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,17 +13,23 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import moe_jax
 from moe_jax.config import ConfigError, Problem, to_dict
 from moe_jax.config.schema import RunConfig
 
 CHECKPOINTS = "checkpoints"
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "moe_jax")
-# A resumed run may change these and stay the same run: where it runs, how long, what it writes.
-_FREE_SECTIONS = ("deployment",)
-_FREE_TRAIN_FIELDS = (
-    "steps", "run_dir", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints",
-    "resume", "state_checksum", "zero_params",
-)  # fmt: skip
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+# A resumed run may change these and stay the same run: where it runs, how its math is done, how long, what it
+# writes; and what names the text, which is compared by its content.
+_FREE_FIELDS = {
+    "deployment": None,  # all
+    "model": {"remat", "attention"},
+    "data": {"paths", "tokenizer", "held_out_fraction", "max_bytes"},
+    "train": {
+        *("steps", "run_dir", "log_every", "eval_every", "eval_batches", "checkpoint_every"),
+        *("keep_checkpoints", "resume", "state_checksum", "zero_params"),
+    },
+}
 
 
 @contextlib.contextmanager
@@ -35,7 +42,7 @@ def locked_run_dir(run_dir: str) -> Iterator[Path]:
     folder = Path(run_dir).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
+        lock = (folder / "lock").open("a+", encoding="utf-8")
     except OSError as error:
         fix = "name a folder that can be made and written"
         raise ConfigError(Problem("train.run_dir", run_dir, f"cannot be used: {error}", fix)) from None
@@ -43,22 +50,27 @@ def locked_run_dir(run_dir: str) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
             fix = "wait for it, or use another folder"
-            problem = Problem("train.run_dir", run_dir, "is in use by another training process", fix)
+            problem = Problem("train.run_dir", run_dir, f"is being trained in by {holder}", fix)
             raise ConfigError(problem) from None
+        lock.truncate(0)
+        print(f"process {os.getpid()} on {platform.node()}", file=lock, flush=True)
         yield folder
 
 
 def check_same_run(saved: Mapping[str, Any], cfg: RunConfig, where: Path) -> None:
     """Refuse to go on from a checkpoint with another model, data or optimisation than it was made with.
 
-    saved: the config in the checkpoint (``to_dict``). Free to change: the deployment, and how long to train
-    and what to write. Raises ConfigError that lists every field that differs.
+    saved: the config in the checkpoint (``to_dict``). Free to change: the deployment, how the same math is
+    done, how long to train and what to write; the text itself is compared by :func:`check_same_text`. Raises
+    ConfigError that lists every field that differs.
     """
     differences = []
     for section, fields in to_dict(cfg).items():
         for name, value in fields.items():
-            free = section in _FREE_SECTIONS or (section == "train" and name in _FREE_TRAIN_FIELDS)
+            free = _FREE_FIELDS[section] is None or name in _FREE_FIELDS[section]
             old = saved.get(section, {}).get(name, value)
             if not free and old != value:
                 differences.append(f"{section}.{name}: {old!r} -> {value!r}")
@@ -77,9 +89,15 @@ def write_run_files(folder: Path, config_text: str) -> None:
     }.items():
         path = folder / name
         if path.exists():
-            earlier = 1 + sum(1 for _ in folder.glob(f"{path.stem}.*{path.suffix}"))
-            path.rename(folder / f"{path.stem}.{earlier}{path.suffix}")
-        path.write_text(text, encoding="utf-8")
+            numbers = (number for number in range(1, sys.maxsize) if not _numbered(path, number).exists())
+            shutil.copyfile(path, _numbered(path, next(numbers)))
+        whole = path.with_name(f"{name}.tmp")
+        whole.write_text(text, encoding="utf-8")
+        whole.replace(path)  # at no moment is there none, or half of one
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}.{number}{path.suffix}")
 
 
 def _environment() -> dict[str, Any]:
@@ -90,7 +108,7 @@ def _environment() -> dict[str, Any]:
         "command": sys.argv,
         "python": sys.version,
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: _version(name) for name in _PACKAGES} | {"moe_jax": moe_jax.__version__},
         "devices": {"count": len(devices), "kind": devices[0].device_kind, "platform": devices[0].platform},
         "environment": {key: os.environ[key] for key in ("XLA_FLAGS", "JAX_PLATFORMS") if key in os.environ},
         "git": _git(),
