@@ -82,7 +82,11 @@ def expert_load(comparison: Comparison) -> str:
             panel.invert_yaxis()
             panel.set(xlabel="expert", ylabel="layer")
             _index_ticks(panel, num_experts, num_layers)
-            figure.colorbar(mesh, ax=panel, label="load / mean of the layer", ticks=_load_ticks(highest))
+            bar = figure.colorbar(
+                mesh, ax=panel, label="load / mean of the layer", ticks=_load_ticks(highest)
+            )
+            assert bar.solids is not None, "a colour bar of filled cells"
+            bar.solids.set(rasterized=False, edgecolor="face")  # by default it is a bitmap
         return _svg(figure, "load")
 
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,7 @@ def _read_inputs(options: CompareOptions, deployments: list[DeploymentConfig]) -
         checkpoint = open_checkpoint(options.checkpoint)
     except CheckpointError as error:
         raise ConfigError(f"checkpoint: {error}") from error
-    config = from_dict(checkpoint.meta["config"])
+    config = from_dict(_meta(checkpoint, "config"))
     model = in_dtype(config.model, options.dtype)
     for deployment in deployments:
         check_deployment(model, deployment)
@@ -92,7 +93,7 @@ def _read_inputs(options: CompareOptions, deployments: list[DeploymentConfig]) -
     if options.tokens == "random":
         batch, tokenizer = random_batch(model.vocab_size, options.sequences, seq_len), None
     else:
-        tokenizer = tokenizer_of_checkpoint(checkpoint.meta["tokenizer"], _run_dir(checkpoint))
+        tokenizer = tokenizer_of_checkpoint(_meta(checkpoint, "tokenizer"), _run_dir(checkpoint))
         batch = held_out_batch(config, tokenizer, options.sequences, seq_len)
     return _Inputs(checkpoint, config, model, batch, tokenizer, curves)
 
@@ -106,6 +107,14 @@ def in_dtype(model: ModelConfig, dtype: str | None) -> ModelConfig:
     fits = model.attention != "cudnn" or dtype == "bfloat16"
     attention = model.attention if fits else "auto"
     return replace(model, compute_dtype=dtype, param_dtype=widest, attention=attention)
+
+
+def _meta(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    try:
+        return checkpoint.meta[name]
+    except KeyError:
+        reason = f"its meta has no {name}, so it is not from a training run; give the folder of one"
+        raise ConfigError(f"checkpoint: {checkpoint.path}: {reason}") from None
 
 
 def _run_dir(checkpoint: Checkpoint) -> Path:
