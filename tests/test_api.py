@@ -53,6 +53,7 @@ def test_logits_are_float32_and_causal(single):
     assert np.abs(after[:, -1] - logits[:, -1]).max() > 1e-3
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("deployment", ["ep16", "pipe=2,tensor=8", "pipe=2,expert=4,tensor=2"])
 def test_every_deployment_gives_the_same(checkpoint, single, deployment):
     model = moe_jax.load(checkpoint, deployment)
@@ -76,6 +77,7 @@ def test_a_sequence_samples_the_same_in_any_batch(single):
     assert not np.array_equal(single.generate(PROMPTS[:1], 8, temperature=1.0, seed=2), alone)
 
 
+@pytest.mark.smoke
 def test_build_trains():
     model, step = moe_jax.build(RUN)
     batch = {"ids_BL": np.tile(np.arange(8, dtype=np.int32), (16, 1))}

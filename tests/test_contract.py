@@ -40,6 +40,7 @@ def compiled_step(deployment, cfg: TrainConfig) -> str:
     return trainer.step_program.lower(trainer.abstract_state(), batch).compile().as_text()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", MESHES)
 def test_forward_moves_what_it_declares(name):
     deployment = create(tiny(), MESHES[name])
