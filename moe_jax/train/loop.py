@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax.checkpoint import CheckpointStore
+from moe_jax.checkpoint import CheckpointError, CheckpointStore
 from moe_jax.config import ConfigError, Problem, ResolvedRun, check_run, to_dict
 from moe_jax.config.render import to_yaml
 from moe_jax.config.schema import RunConfig
@@ -38,7 +38,8 @@ def run(cfg: RunConfig, provenance: Mapping[str, str]) -> int:
     """Train as the config says; resumes from the newest checkpoint of the run folder.
 
     provenance: where each config value came from, written into config.yaml. Returns the process's exit code:
-    0 when complete, 128 + n when signal n ended it (saved first), 1 when a step was not finite.
+    0 when complete, 128 + n when signal n ended it (saved first), 1 when a step was not finite or a
+    checkpoint could not be read or written (the last line on stderr says which).
     Raises ConfigError, before anything is compiled or written over, when the run cannot start.
     """
     check_run(cfg)
@@ -46,7 +47,7 @@ def run(cfg: RunConfig, provenance: Mapping[str, str]) -> int:
         try:
             with CheckpointStore(folder / CHECKPOINTS, cfg.train.keep_checkpoints) as store:
                 _Training(cfg, provenance, folder, store, stop).run()
-        except TrainingError as error:
+        except (TrainingError, CheckpointError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
     return stop.exit_code
@@ -195,6 +196,7 @@ class _Training:
     def _explain(self, step: int, values: dict[str, Any]) -> str:
         """Why a step was refused; its weights are untouched, so the batch can be run again with probes."""
         began = diagnose(self.trainer, self.state["params"], self.data.batch(step - 1))
+        self.store.wait()  # the newest save may be under way
         steps = self.store.steps()
         good = f"step {steps[-1]} in {self.store.directory}" if steps else "none was saved yet"
         return (
