@@ -154,7 +154,7 @@ class DataConfig:
     held_out_fraction: float = 0.02
     """Share of the text, cut from its end, that is only evaluated on."""
     max_bytes: int = 32_000_000
-    """Bytes of text read at most, after sorting the files by name."""
+    """Bytes of text read at most; if there are more, files spread evenly over the sorted list are taken."""
 
 
 @dataclass(frozen=True)

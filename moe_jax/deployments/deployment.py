@@ -108,7 +108,17 @@ class Deployment:
         Returns (terms: loss, cross_entropy, balance_loss, z_loss; gradients as the parameters at rest;
         routing: tokens_per_expert_NE, rounds_N, expert_ids_NTK).
         """
+        self.check_num_sequences(len(batch["ids_BL"]))
         return self.loss_and_gradients_program(params, self.place_batch(batch))
+
+    def check_num_sequences(self, num_sequences: int) -> None:
+        """Raise ValueError if a training batch of so many sequences cannot be cut evenly."""
+        multiple = self.axes.size(*BATCH_AXES) * self.config.num_microbatches
+        if num_sequences == 0 or num_sequences % multiple:
+            raise ValueError(
+                f"the batch has {num_sequences} sequences; it must be a multiple of {multiple} "
+                f"(data x expert x num_microbatches) under {self.config.name}"
+            )
 
     @cached_property
     def loss_and_gradients_program(self) -> Callable:

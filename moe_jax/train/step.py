@@ -78,8 +78,14 @@ class Trainer:
 
     def place(self, batch: dict[str, np.ndarray], slices: int | None = None) -> dict[str, jax.Array]:
         """Host arrays [B, L] onto the devices as [slices, B / slices, L]; slices: accumulation_steps."""
-        sharding = self.deployment.sharding(_BATCH_SPEC)
-        shape = (slices or self.cfg.accumulation_steps, -1)
+        slices = slices or self.cfg.accumulation_steps
+        num_sequences = len(batch["ids_BL"])
+        if num_sequences % slices:
+            raise ValueError(
+                f"the batch has {num_sequences} sequences; it must be a multiple of {slices} slices"
+            )
+        self.deployment.check_num_sequences(num_sequences // slices)
+        sharding, shape = self.deployment.sharding(_BATCH_SPEC), (slices, -1)
         placed = {}
         for name, array in batch.items():
             sliced = array.reshape(*shape, array.shape[-1])
