@@ -1,6 +1,8 @@
 """Continue prompts: python scripts/generate.py --checkpoint runs/tiny --deployment ep16 --prompt "def "."""
 
 import json
+import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,14 +33,26 @@ class GenerateOptions:
     """Seed of the sampling."""
 
 
-def read_prompts(options: GenerateOptions) -> list[str]:
-    """The prompts asked for; refuses none, both kinds, and empty ones."""
+def check_options(options: GenerateOptions) -> None:
+    """Refuse what cannot be done, before anything is loaded."""
     if (options.prompt is None) == (options.prompts is None):
         raise ConfigError("prompt, prompts: give one of them, a text or a file with one on each line")
     if options.max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens = {options.max_new_tokens}: must be at least 1")
-    if options.output is not None and options.prompts is None:
-        raise ConfigError(f"output = {options.output}: goes with --prompts")
+    if not (math.isfinite(options.temperature) and options.temperature >= 0):
+        raise ConfigError(f"temperature = {options.temperature}: must be 0 (most likely token) or positive")
+    if not 0 <= options.seed < 2**32:
+        raise ConfigError(f"seed = {options.seed}: must be from 0 to 2**32 - 1")
+    if options.output is not None:
+        folder = Path(options.output).parent
+        if options.prompts is None:
+            raise ConfigError(f"output = {options.output}: goes with --prompts")
+        if Path(options.output).is_dir() or not os.access(folder, os.W_OK):
+            raise ConfigError(f"output = {options.output}: must be a file in a folder that can be written")
+
+
+def read_prompts(options: GenerateOptions) -> list[str]:
+    """The prompts asked for; refuses empty ones."""
     if options.prompt is not None:
         prompts = [options.prompt]
     else:
@@ -54,6 +68,7 @@ def read_prompts(options: GenerateOptions) -> list[str]:
 def main(argv: list[str]) -> int:
     """Load the checkpoint in the deployment and generate."""
     options = parse_options(argv, GenerateOptions, prog="generate.py", description=__doc__ or "")
+    check_options(options)
     prompts = read_prompts(options)
     deployment = parse_deployment(options.deployment)
     from moe_jax.emulate import ensure_devices
@@ -66,10 +81,14 @@ def main(argv: list[str]) -> int:
 
     try:
         checkpoint = open_checkpoint(options.checkpoint)
+        if "tokenizer" not in checkpoint.meta:
+            raise ConfigError(f"checkpoint = {options.checkpoint}: names no tokenizer; use moe_jax.load")
         tokenizer = tokenizer_of_checkpoint(checkpoint.meta["tokenizer"], checkpoint.path.parent.parent)
         model = moe_jax.load(checkpoint.path, deployment)
     except CheckpointError as error:
         raise ConfigError(f"checkpoint: {error}") from error
+    if without := [prompt for prompt in prompts if not len(tokenizer.encode(prompt))]:
+        raise ConfigError(f"prompt = {without[0]!r}: the checkpoint's tokenizer makes no token of it")
     settings = (options.max_new_tokens, options.temperature, options.seed)
     if options.prompt is not None:
         for piece in stream_one(model, tokenizer, options.prompt, *settings):
