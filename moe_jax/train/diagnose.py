@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from moe_jax.deployments.program import gather_params
+from moe_jax.deployments.program import gather_params, sum_gradients
 from moe_jax.deployments.rules import BATCH_AXES
 from moe_jax.parallel.mesh import AXES
 from moe_jax.train.step import Trainer
 
 _LAYERS = PartitionSpec("pipe")
+# Parts of a block as the backward pass comes to them.
+_BACKWARD_ORDER = ("shared", "experts", "router", "moe_norm", "attention", "attention_norm")
 
 
 def diagnose(trainer: Trainer, params: dict, batch: dict[str, np.ndarray]) -> str:
@@ -41,27 +43,42 @@ def _probe_program(trainer: Trainer) -> Any:
     dep = trainer.deployment
     rest = dep.specs(at_rest=True)
 
-    def by_layer(tree: dict) -> dict:
-        """Bad values of each parameter: by layer for the blocks' ones [N], else one number."""
+    def by_layer(value, *trees: dict) -> dict:
+        """Sums of value(leaf, dims) over each parameter: by layer for the blocks' ones [N], else scalar."""
 
-        def count(leaf, first_dim):
-            return jnp.sum(~jnp.isfinite(leaf), axis=tuple(range(first_dim, leaf.ndim)), dtype=jnp.int32)
+        def values(first_dim, *parts):
+            return jax.tree.map(
+                lambda *leaves: value(*leaves, tuple(range(first_dim, leaves[0].ndim))), *parts
+            )
 
-        blocks = jax.tree.map(lambda leaf: count(leaf, 1), tree["blocks"])
-        others = jax.tree.map(lambda leaf: count(leaf, 0), {k: v for k, v in tree.items() if k != "blocks"})
-        own_layers = dep.axes.sum(blocks, *(axis for axis in AXES if axis != "pipe"))
-        return {"blocks": own_layers, **dep.axes.sum(others, *AXES)}
+        others = [{k: v for k, v in tree.items() if k != "blocks"} for tree in trees]
+        own_layers = values(1, *(tree["blocks"] for tree in trees))
+        own_layers = dep.axes.sum(own_layers, *(axis for axis in AXES if axis != "pipe"))
+        return {"blocks": own_layers, **dep.axes.sum(values(0, *others), *AXES)}
+
+    def bad(leaf, dims):
+        return jnp.sum(~jnp.isfinite(leaf), axis=dims, dtype=jnp.int32)
+
+    def squares(leaf, layout, dims):
+        return jnp.sum(leaf * leaf, axis=dims) / dep.axes.size(*layout.sum_axes)
 
     def probe(params, batch):
         used = gather_params(params, dep.layouts, dep.axes, dep.model_config)
         loss, grads, (share, stats) = dep.local_gradients(used, batch)
-        outputs = {"attention": stats.attention_bad, "moe": stats.moe_bad}
-        outputs = dep.axes.sum(jax.tree.map(lambda a: jnp.sum(a, axis=0), outputs), *BATCH_AXES)
-        terms = dep.axes.sum({"loss": loss, **share._asdict()}, *AXES)
-        return {"weights": by_layer(params), "outputs": outputs, "terms": terms, "gradients": by_layer(grads)}
+        router_bad_MN = bad(stats.moe.prob_sum_E, -1) + bad(stats.moe.z_sum, ())
+        outputs = {"attention": stats.attention_bad, "router": router_bad_MN, "moe": stats.moe_bad}
+        summed = sum_gradients(grads, dep.layouts, dep.axes)
+        return {
+            "weights": by_layer(bad, params),
+            "outputs": dep.axes.sum(jax.tree.map(lambda a: jnp.sum(a, axis=0), outputs), *BATCH_AXES),
+            "terms": dep.axes.sum({"loss": loss, **share._asdict()}, *AXES),
+            "gradients": by_layer(bad, grads),
+            "squares": by_layer(squares, summed, dep.layouts),
+        }
 
     by_param = {name: _LAYERS if name == "blocks" else PartitionSpec() for name in dep.shapes}
-    out = {"weights": by_param, "outputs": _LAYERS, "terms": PartitionSpec(), "gradients": by_param}
+    out = {"weights": by_param, "outputs": _LAYERS, "terms": PartitionSpec()}
+    out |= {"gradients": by_param, "squares": by_param}
     batch_specs = {"ids_BL": PartitionSpec(BATCH_AXES), "targets_BL": PartitionSpec(BATCH_AXES)}
     return jax.jit(dep.shard_map(probe, (rest, batch_specs), out))
 
@@ -71,7 +88,7 @@ def _blame(found: dict, num_layers: int) -> str | None:
     if weights := _bad_parameters(found["weights"]):
         return f"in the weights themselves: {', '.join(weights)}"
     for layer in range(num_layers):
-        for part in ("attention", "moe"):
+        for part in ("attention", "router", "moe"):
             if found["outputs"][part][layer]:
                 return f"in the forward pass: the output of {part} in layer {layer}"
     if bad_terms := [name for name, value in found["terms"].items() if not np.isfinite(value)]:
@@ -79,13 +96,26 @@ def _blame(found: dict, num_layers: int) -> str | None:
     for name in ("head", "final_norm"):
         if name in found["gradients"] and (grads := _bad_parameters({name: found["gradients"][name]})):
             return f"in the backward pass: the gradient of {', '.join(grads)}"
+    blocks = found["gradients"]["blocks"]
     for layer in reversed(range(num_layers)):
-        of_layer = jax.tree.map(lambda counts, i=layer: counts[i], found["gradients"]["blocks"])
-        if grads := _bad_parameters({"blocks": of_layer}):
-            return f"in the backward pass: the gradient of {', '.join(grads)} in layer {layer}"
+        for part in (name for name in _BACKWARD_ORDER if name in blocks):
+            of_layer = jax.tree.map(lambda counts, i=layer: counts[i], blocks[part])
+            if grads := _bad_parameters({"blocks": {part: of_layer}}):
+                return f"in the backward pass: the gradient of {', '.join(grads)} in layer {layer}"
     if grads := _bad_parameters(found["gradients"]):
         return f"in the backward pass: the gradient of {', '.join(grads)}"
-    return None
+    return _blame_norm(found["squares"])
+
+
+def _blame_norm(squares: dict) -> str | None:
+    """The largest of gradients that are finite, but so large that the sum of their squares is not."""
+    leaves = {_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(squares)}
+    total = sum(float(np.sum(leaf, dtype=np.float64)) for leaf in leaves.values())
+    if total <= min(float(jnp.finfo(leaf.dtype).max) for leaf in leaves.values()):
+        return None
+    name, largest = max(leaves.items(), key=lambda item: np.max(item[1]))
+    layer = f" (layer {int(np.argmax(largest))})" if largest.ndim else ""
+    return f"in the gradient norm: gradients are finite, their squares not; the largest is of {name}{layer}"
 
 
 def _bad_parameters(counts: dict) -> list[str]:
@@ -93,8 +123,10 @@ def _bad_parameters(counts: dict) -> list[str]:
     names = []
     for path, count in jax.tree_util.tree_leaves_with_path(counts):
         if np.any(count):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            names.append(
-                f"{name} (layer {int(np.argmax(np.asarray(count) > 0))})" if np.ndim(count) else name
-            )
+            layer = f" (layer {int(np.argmax(np.asarray(count) > 0))})" if np.ndim(count) else ""
+            names.append(_name(path) + layer)
     return names
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
