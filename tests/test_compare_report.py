@@ -35,7 +35,7 @@ EQUAL = Difference({"loss": 0.0, "z_loss": 1e-7}, 1e-6, 1e-7, (3, 2, 1), {"a/w":
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 
-def _placement(deployment: DeploymentConfig) -> Placement:
+def _placement(deployment: DeploymentConfig, num_layers: int = 4) -> Placement:
     """The blocks that a deployment's sizes imply."""
     sizes = {axis: getattr(deployment, axis) for axis in ("pipe", "data", "expert", "tensor")}
     held = []
@@ -46,9 +46,9 @@ def _placement(deployment: DeploymentConfig) -> Placement:
             index, part = place[list(sizes).index(axis)], total // sizes[axis]
             return index * part, (index + 1) * part
 
-        spans = (span("pipe", 4), span("expert", 16), span("tensor", 64), (0, 32))
+        spans = (span("pipe", num_layers), span("expert", 16), span("tensor", 64), (0, 32))
         held.append(Held(device, place, *spans))
-    return Placement(sizes, 4, 16, 64, 32, tuple(held))
+    return Placement(sizes, num_layers, 16, 64, 32, tuple(held))
 
 
 def _measurement(name: str, load: int = 8) -> Measurement:
@@ -144,8 +144,8 @@ def test_figures_show_the_numbers() -> None:
     sent = figures["figure-bytes"]
     assert "MB sent per device and run" in sent
     for program in ("forward", "loss + gradients"):
-        labels = sent[: sent.index(program)][-4:]  # over the bars of single, ep16 and tp8pp2
-        assert labels == ["0 B", "3 MB", "(+ 3 MB at most)", "2 MB"]
+        labels = sent[: sent.index(program)][-5:]  # over the bars of single, ep16 and tp8pp2
+        assert labels == ["0 B", "3 MB", "(+ 3 MB", "at most)", "2 MB"]
     assert {"all-reduce", "all-to-all"} <= set(sent)
 
 
@@ -167,6 +167,22 @@ def test_report_without_curves_leaves_their_figure_out() -> None:
 def test_report_of_many_devices_or_deployments(names: tuple[str, ...]) -> None:
     page = _Page(render_report(_comparison(*names), CURVES[:1], None))
     assert len(page.figures) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "num_layers", "words"),
+    [("pp4ep4", 4, "experts 12-15"), ("pipe=8", 16, "0-15"), ("pipe=16", 16, None)],
+)
+def test_words_in_the_placement_fit_their_cells(name: str, num_layers: int, words: str | None) -> None:
+    (entry,) = _comparison(name).entries
+    placement = _placement(entry.measurement.deployment, num_layers)
+    entry = replace(entry, measurement=replace(entry.measurement, placement=placement))
+    lines = _Page(render_report(replace(_comparison(), entries=[entry]), [], None)).figures[
+        "figure-placement"
+    ]
+    ranges = Counter(line for line in lines if "-" in line)
+    assert ranges[words or ""] == (placement.axes["pipe"] if words else 0)
+    assert words or not ranges
 
 
 def test_generated_text_is_escaped_and_equal_text_shown_once() -> None:

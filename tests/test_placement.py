@@ -159,14 +159,14 @@ def test_rows_say_everything_in_few_lines() -> None:
     assert _rows("ep16") == [("0-15", "all 4", numbers, "all 64")]
     assert _rows("tp8pp2") == [("0-7", "0-1", "all 16", eighths), ("8-15", "2-3", "all 16", eighths)]
     quarters = " | ".join(f"2 devices: {4 * i}-{4 * i + 3}" for i in range(4))
-    halves = " | ".join(["0-31 | 32-63"] * 8)
-    assert _rows("data=2,expert=4,tensor=2") == [("0-15", "all 4", f"{quarters} | {quarters}", halves)]
+    row = ("0-15", "all 4", f"2 times: {quarters}", "8 times: 0-31 | 32-63")
+    assert _rows("data=2,expert=4,tensor=2") == [row]
 
 
 def test_rows_show_what_is_split_at_rest() -> None:
     (row,) = _rows("data=2,expert=4,tensor=2", at_rest=True)
-    assert row[3].startswith("0-31 x width 0-15 | 32-63 x width 0-15")
-    assert "0-31 x width 16-31" in row[3]
+    first, second = (f"0-31 x width {width} | 32-63 x width {width}" for width in ("0-15", "16-31"))
+    assert row[3] == " | ".join([first] * 4 + [second] * 4)
 
 
 def test_placement_reads_no_values() -> None:

@@ -27,8 +27,10 @@ def read_curves(run_dirs: list[Path]) -> list[Curve]:
     for label, run_dir in zip(_labels(run_dirs), run_dirs, strict=True):
         try:
             records = read_metrics(run_dir, "train")
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise ConfigError(f"runs: {error}; name the folder that a training run wrote") from error
+        except ValueError as error:
+            raise ConfigError(f"runs: {error}") from error
         losses = {step: float(record["loss"]) for step, record in records.items()}
         finite = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
         if not finite:

@@ -35,7 +35,7 @@ _STYLE: dict[Any, Any] = {
 # Okabe and Ito's colours, which people with colour-blindness can tell apart.
 _COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f7f7f", "#b8a600"]
 _ROW_INCHES, _MAX_GRID_INCHES, _MIN_TEXT_INCHES = 0.21, 16.0, 0.12
-_PANELS_A_ROW = 3
+_PANELS_A_ROW, _PANEL_INCHES, _LETTER_INCHES = 3, 2.9, 0.05
 
 
 def loss_curves(curves: list[Curve]) -> str:
@@ -83,7 +83,11 @@ def expert_load(comparison: Comparison) -> str:
             panel.set(xlabel="expert", ylabel="layer")
             _index_ticks(panel, num_experts, num_layers)
             bar = figure.colorbar(
-                mesh, ax=panel, label="load / mean of the layer", ticks=_load_ticks(highest)
+                mesh,
+                ax=panel,
+                label="load / mean of the layer",
+                ticks=[0, 0.5, 1, (1 + highest) / 2, highest],
+                format="{x:.1f}",
             )
             assert bar.solids is not None, "a colour bar of filled cells"
             bar.solids.set(rasterized=False, edgecolor="face")  # by default it is a bitmap
@@ -102,6 +106,7 @@ def placement_grid(comparison: Comparison) -> str:
         panels = figure.subplots(num_rows, num_columns, squeeze=False, sharey=True)
         for panel, entry in zip(panels.flat, entries, strict=False):
             _plot_placement(panel, entry, with_text=inches / num_devices >= _MIN_TEXT_INCHES)
+            _index_ticks(panel, entry.measurement.placement.num_layers, num_devices)
             panel.set_ylim(num_devices, 0)
         for panel in panels.flat[len(entries) :]:
             panel.set_axis_off()
@@ -132,7 +137,7 @@ def collective_bytes(comparison: Comparison) -> str:
                 )  # fmt: skip
             panel.set_title(program, loc="left")
             panel.set_ylabel("MB sent per device and run")
-            panel.set_ylim(0, max(1e-9, float(bottom.max())) * 1.22)
+            panel.set_ylim(0, max(1e-9, float(bottom.max())) * 1.3)
             panel.grid(axis="y", color="#e3e6ea", lw=0.8)
             panel.set_axisbelow(True)
             if sum(map(len, names)) > 40:
@@ -177,21 +182,25 @@ def _plot_placement(panel: Axes, entry: Entry, with_text: bool) -> None:
             where = ((first + last) / 2, held.device + 0.5)
             # A patch of the cell's colour keeps the lines between layers out of the words.
             patch = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
-            text = _held_text(held, placement)
+            text = _held_text(held, placement, _PANEL_INCHES * (last - first) / placement.num_layers)
             panel.text(*where, text, ha="center", va="center", fontsize=7, bbox=patch)
     panel.set_title(entry.name, loc="left")
     panel.set_xlabel("layer")
     panel.set_xlim(0, placement.num_layers)
     panel.spines[["left", "bottom"]].set_visible(False)
-    _index_ticks(panel, placement.num_layers, max(entry.measurement.num_devices, len(placement.held)))
 
 
-def _held_text(held: Held, placement: Placement) -> str:
+def _held_text(held: Held, placement: Placement, inches: float) -> str:
+    """The longest way to say what is held that fits into the cell."""
     first, last = held.experts
-    text = f"expert {first}" if last - first == 1 else f"experts {span_text(held.experts)}"
+    numbers, part = span_text(held.experts), ""
     if held.hidden != (0, placement.expert_hidden):
-        text += f", 1/{placement.expert_hidden // (held.hidden[1] - held.hidden[0])}"
-    return text
+        part = f", 1/{placement.expert_hidden // (held.hidden[1] - held.hidden[0])}"
+    words = f"expert{'s' if last - first > 1 else ''} {numbers}{part}"
+    for text in (words, numbers + part):
+        if len(text) * _LETTER_INCHES <= inches:
+            return text
+    return ""
 
 
 def _index_ticks(panel: Axes, num_x: int, num_y: int) -> None:
@@ -202,11 +211,6 @@ def _index_ticks(panel: Axes, num_x: int, num_y: int) -> None:
         axis.set_tick_params(length=0)
 
 
-def _load_ticks(highest: float) -> list[float]:
-    above = (float(tick) for tick in MaxNLocator(3).tick_values(1.0, highest))
-    return [0.0, 0.5, 1.0, *(tick for tick in above if 1 < tick <= highest)]
-
-
 def _sent_mb(found: dict, kind: str) -> float:
     return found[kind].sent_bytes / 1e6 if kind in found else 0.0
 
@@ -214,7 +218,7 @@ def _sent_mb(found: dict, kind: str) -> float:
 def _bar_text(found: dict) -> str:
     certain = sum(one.sent_bytes for one in found.values())
     more = sum(one.conditional_sent_bytes for one in found.values())
-    return size(certain) + (f"\n(+ {size(more)} at most)" if more else "")
+    return size(certain) + (f"\n(+ {size(more)}\nat most)" if more else "")
 
 
 def _colour(index: int) -> str:

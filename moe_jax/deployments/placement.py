@@ -123,7 +123,8 @@ def placement_rows(placement: Placement) -> list[Row]:
     """The placement as a table, device x layer -> experts; devices with the same layers share a row.
 
     Nothing is left out: where the devices of a row hold different experts, these are listed in the order of
-    the devices, as in ``0 | 1 | 2``; equal neighbours as in ``2 devices: 0-3``.
+    the devices, as in ``0 | 1 | 2``; equal neighbours as in ``2 devices: 0-3``, what recurs as in
+    ``8 times: 0-31 | 32-63``.
     """
     rows = []
     by_layers = sorted(placement.held, key=lambda held: held.layers)
@@ -200,5 +201,8 @@ def _numbers(numbers: Iterable[int]) -> str:
 def _by_device(texts: list[str]) -> str:
     if len(set(texts)) == 1:
         return texts[0]
+    for period in range(2, len(texts) // 2 + 1):
+        if texts == texts[:period] * (len(texts) // period):
+            return f"{len(texts) // period} times: {_by_device(texts[:period])}"
     runs = [(text, len(list(run))) for text, run in groupby(texts)]
     return " | ".join(text if count == 1 else f"{count} devices: {text}" for text, count in runs)
