@@ -175,8 +175,8 @@ def temp_bytes(bucket_rows: int) -> int:
 
 
 def test_memory_goes_with_the_bucket_not_with_the_worst_routing():
-    """One program serves every routing, so its buffers are those of the worst one. With small buckets they are
-    far from a buffer for all 64 tokens of each of 4 sources to each of 4 local experts."""
+    """One program serves every routing, so its buffers are those of the worst one. With small buckets they
+    are far from a buffer for all 64 tokens of each of 4 sources to each of 4 local experts."""
     worst = 4 * 4 * 64 * 32 * 4
     assert temp_bytes(4) < worst / 3
     assert temp_bytes(64) > worst
