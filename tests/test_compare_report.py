@@ -20,6 +20,7 @@ from moe_jax.compare.difference import (
     failures,
     relative_difference,
 )
+from moe_jax.compare.figures import collective_bytes
 from moe_jax.compare.measure import Measurement, Outputs, ProgramCost
 from moe_jax.compare.report import render_report
 from moe_jax.compare.table import print_comparison
@@ -147,6 +148,19 @@ def test_figures_show_the_numbers() -> None:
         labels = sent[: sent.index(program)][-5:]  # over the bars of single, ep16 and tp8pp2
         assert labels == ["0 B", "3 MB", "(+ 3 MB", "at most)", "2 MB"]
     assert {"all-reduce", "all-to-all"} <= set(sent)
+
+
+def test_bars_are_as_high_as_the_bytes() -> None:
+    svg = collective_bytes(_comparison())
+    heights: dict[str, list[float]] = {"#0072b2": [], "#e69f00": []}  # of the first two kinds
+    for path, colour in re.findall(r'<path d="([^"]+)" clip-path[^>]*style="fill: (#\w+)"', svg):
+        y = [float(number) for number in re.findall(r"[ML] \S+ (\S+)", path)]
+        heights[colour].append(max(y) - min(y))
+    unit = heights["#0072b2"][1] / 2
+    assert unit > 10
+    for start in (0, 3):  # a bar for single, ep16, tp8pp2 in each panel; MB
+        assert heights["#0072b2"][start : start + 3] == pytest.approx([0, 2 * unit, 2 * unit], abs=0.01)
+        assert heights["#e69f00"][start : start + 3] == pytest.approx([0, unit, 0], abs=0.01)
 
 
 def test_load_that_differs_has_a_panel_of_its_own() -> None:
