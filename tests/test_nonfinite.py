@@ -12,6 +12,7 @@ from run_tools import compiled_once, small_run, train, write_text
 
 from moe_jax.checkpoint import CheckpointStore
 from moe_jax.checkpoint.layout import list_steps
+from moe_jax.train.data import TrainData
 from moe_jax.train.metrics import read_metrics
 from moe_jax.train.step import State, Trainer
 
@@ -108,6 +109,17 @@ def poisoned_run(monkeypatch, text: Path, folder: Path, deployment: str, poison:
     return code, steps
 
 
+def assert_nothing_changed(steps: PoisonedSteps) -> None:
+    assert steps.num_calls > BAD_STEP + 1, "no step was under way behind the bad one"
+    assert int(steps.newest["halted_at"]) == GOOD_STEPS
+    unchanged = {name: steps.newest[name] for name in ("params", "opt", "step")}
+    jax.tree.map(
+        lambda new, old: np.testing.assert_array_equal(np.asarray(new), old),
+        unchanged,
+        {name: steps.before[name] for name in unchanged},
+    )
+
+
 @pytest.mark.parametrize("deployment", ["ep16", "pipe=2,tensor=8", "single"])
 @pytest.mark.parametrize(("poison", "place"), CASES, ids=[case[0].__name__ for case in CASES])
 def test_a_bad_step_is_named_and_changes_nothing(
@@ -127,14 +139,31 @@ def test_a_bad_step_is_named_and_changes_nothing(
     assert records[BAD_STEP]["finite"] is False
     assert not np.isfinite([float(records[BAD_STEP][name]) for name in ("loss", "grad_norm")]).all()
 
-    assert steps.num_calls > BAD_STEP + 1, "no step was under way behind the bad one"
-    assert int(steps.newest["halted_at"]) == GOOD_STEPS
-    unchanged = {name: steps.newest[name] for name in ("params", "opt", "step")}
-    jax.tree.map(
-        lambda new, old: np.testing.assert_array_equal(np.asarray(new), old),
-        unchanged,
-        {name: steps.before[name] for name in unchanged},
-    )
+    assert_nothing_changed(steps)
+
+
+def infinite_embedding_of_zero(params: dict) -> None:
+    params["embed"]["table"][0] = np.inf  # no text holds byte 0, so this stays unseen
+
+
+def test_steps_behind_a_bad_one_do_not_train_on(text, tmp_path, monkeypatch, capsys):
+    """Only the batch of one step is bad here: those under way behind it are good, and must change nothing."""
+    batch = TrainData.batch
+
+    def bad_batch(self: TrainData, step: int) -> dict[str, np.ndarray]:
+        made = batch(self, step)
+        if step == GOOD_STEPS:
+            made["ids_BL"][0, 0] = 0
+        return made
+
+    monkeypatch.setattr(TrainData, "batch", bad_batch)
+    code, steps = poisoned_run(monkeypatch, text, tmp_path, "ep16", infinite_embedding_of_zero)
+    assert code == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: step {BAD_STEP} is not finite")
+    assert "in the weights themselves: embed/table." in last
+    assert list_steps(tmp_path / "checkpoints") == [GOOD_STEPS]
+    assert_nothing_changed(steps)
 
 
 def test_a_save_under_way_is_waited_for_before_it_is_named(text, tmp_path, monkeypatch, capsys):
