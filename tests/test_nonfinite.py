@@ -1,5 +1,6 @@
 """A step that is not finite stops the run before its update, and is told by step, tensor and layer."""
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from run_tools import compiled_once, small_run, train, write_text
 
 from moe_jax.checkpoint import CheckpointStore
 from moe_jax.checkpoint.layout import list_steps
+from moe_jax.train import loop
 from moe_jax.train.data import TrainData
 from moe_jax.train.metrics import read_metrics
 from moe_jax.train.step import State, Trainer
@@ -167,13 +169,21 @@ def test_steps_behind_a_bad_one_do_not_train_on(text, tmp_path, monkeypatch, cap
 
 
 def test_a_save_under_way_is_waited_for_before_it_is_named(text, tmp_path, monkeypatch, capsys):
-    write = CheckpointStore._write_pending_manifest
+    write, diagnose, diagnosed = CheckpointStore._write_pending_manifest, loop.diagnose, threading.Event()
 
-    def write_slowly(store: CheckpointStore) -> None:
-        time.sleep(3)
+    def write_late(store: CheckpointStore) -> None:
+        assert diagnosed.wait(120)
+        time.sleep(0.5)
         write(store)
 
-    monkeypatch.setattr(CheckpointStore, "_write_pending_manifest", write_slowly)
+    def diagnose_and_tell(*arguments: Any) -> str:
+        try:
+            return diagnose(*arguments)
+        finally:
+            diagnosed.set()
+
+    monkeypatch.setattr(CheckpointStore, "_write_pending_manifest", write_late)
+    monkeypatch.setattr(loop, "diagnose", diagnose_and_tell)
     fields = {"train.checkpoint_every": 4, "train.steps": BAD_STEP}
     code, _ = poisoned_run(monkeypatch, text, tmp_path, "single", nan_in_a_weight, **fields)
     assert code == 1
