@@ -9,7 +9,10 @@ _WHILE_JAX_STARTS = {
     # leave no thread for the last device of a collective: a deadlock at its rendezvous, then an abort.
     "NPROC": "32",
     # Devices share few cores, so one may reach a collective minutes after another; the default kills at 60 s.
-    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_collective_call_terminate_timeout_seconds=600",
+    # Tests compile much and compute little: unoptimised machine code halves the compile time. It is the same
+    # program with the same collectives.
+    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    " --xla_backend_optimization_level=0",
 }
 _before = {name: os.environ.get(name) for name in _WHILE_JAX_STARTS}
 os.environ.update(_WHILE_JAX_STARTS)
