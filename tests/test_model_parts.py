@@ -50,13 +50,16 @@ def test_rms_norm_equals_its_definition():
     close(jax.jit(rms_norm)(scale_D, x_BLD, 0.1), expected)
 
 
-def test_rms_norm_of_bfloat16_squares_in_float32():
-    """The squares of 1,000 ones and one 0 add up to 1,000; bfloat16 sums of ones would stop at 256."""
-    x_BLD = np.ones((1, 1, 1001), jnp.bfloat16)
-    x_BLD[..., -1] = 0
-    y_BLD = jax.jit(rms_norm)(np.ones(1001, np.float32), x_BLD, 1e-6)
-    assert y_BLD.dtype == jnp.bfloat16
-    close(np.asarray(y_BLD, np.float64)[0, 0, :-1], 1.0, atol=2**-8)
+def test_rms_norm_of_bfloat16_rounds_once():
+    """Each value is the exact one rounded to bfloat16, which no chain of bfloat16 operations gives."""
+    x_BLD, scale_D = normal(1, 2, 3, 64).astype(jnp.bfloat16), normal(2, 64).astype(np.float32)
+    wide_BLD = x_BLD.astype(np.float64)
+    exact_BLD = (
+        wide_BLD / np.sqrt(np.mean(wide_BLD**2, -1, keepdims=True) + 1e-6) * scale_D.astype(np.float64)
+    )
+    got_BLD = jax.jit(rms_norm)(scale_D, x_BLD, 1e-6)
+    assert got_BLD.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got_BLD, exact_BLD.astype(jnp.bfloat16))
 
 
 # ---- rotary and attention --------------------------------------------------------------------------------
