@@ -20,7 +20,7 @@ FIRST, SECOND = "ep16", "tp8pp2"
 class DemoOptions:
     """What the demo does."""
 
-    steps: int = 150
+    steps: int = 120
     """Steps under ep16 before the checkpoint is carried over."""
     more_steps: int = 20
     """Steps that both deployments then do on the same batches."""
@@ -99,6 +99,7 @@ def main(argv: list[str]) -> int:
         checkpoint=str(folder / FIRST),
         deployments=(FIRST, SECOND),
         generate=64,
+        temperature=0.5,
         runs=(str(folder / FIRST), str(folder / SECOND)),
         html=str(folder / "report.html"),
         json=str(folder / "report.json"),

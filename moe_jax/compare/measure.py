@@ -34,6 +34,8 @@ class Work:
     """ids_BL and targets_BL, int32 [B, L]; every deployment can cut it evenly."""
     num_generated: int = 0
     """Tokens to generate after each prompt; prompts are the beginnings of a few sequences of the batch."""
+    temperature: float = 0.0
+    """Of the generation; 0 takes the most likely tokens."""
     repeats: int = 3
     """Timed runs of each program, after one to warm up."""
     zero_params: bool = True
@@ -178,5 +180,5 @@ def _generate(deployment: Deployment, params: dict, work: Work) -> np.ndarray | 
     if not work.num_generated:
         return None
     prompts_BL = work.batch["ids_BL"][:NUM_PROMPTS, :PROMPT_TOKENS]
-    stream = Generator(deployment).stream(params, prompts_BL, work.num_generated, 0.0, 0)
+    stream = Generator(deployment).stream(params, prompts_BL, work.num_generated, work.temperature, 0)
     return np.concatenate([prompts_BL, np.stack(list(stream), axis=1)], axis=1)

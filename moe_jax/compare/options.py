@@ -29,7 +29,9 @@ class CompareOptions:
     """Largest relative difference of loss, logits and gradients that passes; None goes by the dtype
     (float64 1e-10, float32 1e-5, bfloat16 looser)."""
     generate: int = 16
-    """Tokens to generate greedily after each of four prompts; 0 leaves generation out."""
+    """Tokens to generate after each of four prompts; 0 leaves generation out."""
+    temperature: float = 0.0
+    """0 generates the most likely tokens; above 0 samples, by the same random numbers in every deployment."""
     repeats: int = 3
     """Timed runs of each program, after one to warm up; the median counts."""
     runs: tuple[str, ...] = ()
@@ -90,6 +92,9 @@ def _number_problems(options: CompareOptions) -> list[Problem]:
     tolerance = options.tolerance
     if tolerance is not None and not (math.isfinite(tolerance) and tolerance >= 0):
         problems.append(Problem("tolerance", tolerance, "must be a finite number, 0 or more", "e.g. 1e-5"))
+    if not (math.isfinite(options.temperature) and options.temperature >= 0):
+        allowed = "must be a finite number, 0 or more"
+        problems.append(Problem("temperature", options.temperature, allowed, "e.g. 0.7"))
     return problems
 
 

@@ -56,6 +56,7 @@ def run(options: CompareOptions, deployments: list[DeploymentConfig]) -> int:
         load=_loader(inputs.checkpoint, inputs.run.model, model),
         batch=inputs.batch,
         num_generated=options.generate,
+        temperature=options.temperature,
         repeats=options.repeats,
         zero_params=inputs.run.train.zero_params,
     )

@@ -64,5 +64,5 @@ def _print_text(comparison: Comparison, tokenizer: Tokenizer | None, console: Co
     for name, pairs in texts.items():
         for prompt, generated in pairs:
             if name == comparison.reference.name:
-                console.print(escape(f"Prompt: {prompt!r}; generated greedily by"), soft_wrap=True)
+                console.print(escape(f"Prompt: {prompt!r}; the text that follows it by"), soft_wrap=True)
             console.print(escape(f"  {name:{width}}  {generated!r}"), soft_wrap=True)

@@ -93,6 +93,7 @@ class _Training:
         self.step = latest or 0
         self.saved_step = latest
         self.pending: deque[_Pending] = deque()
+        self.entropy = unigram_entropy_nats(self.corpus.train_tokens)
         self.last_report = time.perf_counter()
 
     def _check_resume(self) -> int | None:
@@ -140,8 +141,9 @@ class _Training:
     def _greet(self) -> None:
         deployment = self.cfg.deployment
         self.display.say(f"text: {self.corpus.describe()}")
-        entropy = unigram_entropy_nats(self.corpus.train_tokens)
-        self.display.say(f"unigram entropy of the text: {entropy:.4f} nats (a model that sees no context)")
+        self.display.say(
+            f"unigram entropy of the text: {self.entropy:.4f} nats (a model that sees no context)"
+        )
         start = "fresh weights" if self.saved_step is None else f"resumed from step {self.saved_step}"
         self.display.say(
             f"{deployment.name} on {deployment.num_devices} devices, {start}; writes {self.folder}"
@@ -175,7 +177,8 @@ class _Training:
         values = jax.device_get(results)
         means = {name: float(np.mean([value[name] for value in values])) for name in values[0]}
         self._write("eval", self.step, means)
-        self.display.say(f"step {self.step}: held-out loss {means['loss']:.4f}")
+        held_out = f"held-out loss {means['loss']:.4f} (cross-entropy {means['cross_entropy']:.4f} nats; "
+        self.display.say(f"step {self.step}: {held_out}unigram entropy {self.entropy:.4f})")
         self.last_report = time.perf_counter()
 
     def _save(self) -> None:
