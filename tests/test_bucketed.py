@@ -217,3 +217,20 @@ def test_random_routing_nearly_always_takes_one_round():
     most = [max(np.bincount(source, minlength=16).max() for source in draw) for draw in ids]
     assert sum(m > rows for m in most) <= 2
     assert rows < 2 * 512 * 2 / 16  # and not by carrying anything that could come
+
+
+def gradient_temp_bytes(bucket_rows: int) -> int:
+    f = exchange(4, bucket_rows)
+
+    def gradients(x_TD, ids_TK, *rest):
+        y_TD, back, _ = jax.vjp(lambda x, *rest: f(x, ids_TK, *rest), x_TD, *rest, has_aux=True)
+        return back(y_TD)
+
+    analysis = jax.jit(gradients).lower(*abstract(4, 4, 64, 64)).compile().memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
+
+
+def test_the_backward_pass_keeps_nothing_per_round():
+    """8 and 64 rounds: smaller buckets take less, not one more copy of weights and tokens for each round."""
+    assert gradient_temp_bytes(1) <= gradient_temp_bytes(8)

@@ -6,6 +6,7 @@ import pytest
 from moe_jax.config.schema import DeploymentConfig, ModelConfig, TrainConfig
 from moe_jax.deployments import create, rules
 from moe_jax.deployments.contract import declare_forward, declare_step, tally_compiled, tally_declared
+from moe_jax.parallel.exchange.bucketed import BucketedExchange
 from moe_jax.train.step import Trainer
 
 SEQ_LEN, BATCH = 32, 32
@@ -37,7 +38,9 @@ def compiled_step(deployment, cfg: TrainConfig) -> str:
     trainer = Trainer(deployment, cfg)
     zeros = np.zeros((cfg.batch_size, SEQ_LEN), np.int32)
     batch = trainer.place({"ids_BL": zeros, "targets_BL": zeros})
-    return trainer.step_program.lower(trainer.abstract_state(), batch).compile().as_text()
+    text = trainer.step_program.lower(trainer.abstract_state(), batch).compile().as_text()
+    assert text
+    return text
 
 
 @pytest.mark.smoke
@@ -85,7 +88,9 @@ def test_ep16_exchange_moves_the_bytes_of_the_formula():
     cfg, experts = tiny(), 16
     deployment = create(cfg, MESHES["ep16"])
     tokens = BATCH * SEQ_LEN // experts
-    bucket_rows = deployment.program.seams().exchange.rows_per_bucket(tokens, cfg.top_k, experts)
+    exchange = deployment.program.seams().exchange
+    assert isinstance(exchange, BucketedExchange)
+    bucket_rows = exchange.rows_per_bucket(tokens, cfg.top_k, experts)
     exact = 2 * tokens * cfg.top_k * cfg.d_model * 4 * (experts - 1) / experts
     padding = bucket_rows * experts / (cfg.top_k * tokens)
     count, operand_bytes = tally_compiled(compiled_forward(deployment), deployment.mesh)[

@@ -191,3 +191,31 @@ def test_a_broken_exchange_is_found(monkeypatch, broken):
     monkeypatch.setattr(bucketed.BucketedExchange, "_all_to_all", off_by_one)
     with pytest.raises(AssertionError, match="random"):
         check(Run(MESHES["ep16"], "plain", "float64"), "plain", "float64", ("random",))
+
+
+def test_no_stage_routes_zeros_in_the_bubble(monkeypatch):
+    """Zeros tie, so all of them would go to the lowest experts, in as many rounds as there can be."""
+    seen, whole = [], bucketed.BucketedExchange.__call__
+
+    def noted(self, *args):
+        y_TD, rounds = whole(self, *args)
+        jax.debug.callback(lambda r: seen.append(int(r)), rounds)
+        return y_TD, rounds
+
+    monkeypatch.setattr(bucketed.BucketedExchange, "__call__", noted)
+    cfg = ModelConfig(
+        num_layers=2,
+        d_model=16,
+        num_heads=2,
+        num_experts=8,
+        expert_hidden=16,
+        vocab_size=64,
+        top_k=1,
+        param_dtype="float32",
+        compute_dtype="float32",
+    )
+    deployment = create(cfg, DeploymentConfig(pipe=2, expert=4, num_microbatches=2, bucket_rows=40))
+    ids_BL = np.random.default_rng(0).integers(0, 64, (16, 64)).astype(np.int32)
+    jax.block_until_ready(deployment.logits(deployment.init_params(0), ids_BL))
+    jax.effects_barrier()
+    assert set(seen) == {1}

@@ -324,3 +324,10 @@ def test_compute_dtype_spares_the_router_and_the_norms():
         for path, _ in jax.tree_util.tree_leaves_with_path(cast)
     }
     assert names - narrow == kept
+
+
+def test_embedding_gradient_of_bfloat16_is_added_up_in_float32():
+    ids_BL = jnp.zeros((1, 300), jnp.int32)
+    table_VD = jnp.zeros((2, 1), jnp.bfloat16)
+    d_VD = jax.jit(jax.grad(lambda t: jnp.sum(embed(t, ids_BL).astype(jnp.float32))))(table_VD)
+    assert d_VD.astype(jnp.float32).tolist() == [[300.0], [0.0]]

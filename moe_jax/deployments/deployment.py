@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Wrapped
 
 from moe_jax.config.schema import DeploymentConfig, ModelConfig
 from moe_jax.deployments.program import Program, gather_params, sum_gradients
@@ -91,12 +92,13 @@ class Deployment:
         ids_BL = np.asarray(ids_BL, np.int32)
         num_sequences, length = ids_BL.shape
         padding = -num_sequences % self.batch_multiple
-        padded = np.pad(ids_BL, ((0, padding), (0, 0)))
+        # Copies of real sequences: rows of equal ids would all be routed alike, in as many rounds.
+        padded = np.pad(ids_BL, ((0, padding), (0, 0)), mode="wrap")
         logits_TV = self.logits_program(params, self.place_batch({"ids": padded})["ids"])
         return logits_TV.reshape(len(padded), length, -1)[:num_sequences]
 
     @cached_property
-    def logits_program(self) -> Callable:
+    def logits_program(self) -> Wrapped:
         """The jitted function of (params in use, placed ids) to logits [B L, V] behind logits."""
         out = PartitionSpec((*BATCH_AXES, "pipe"), "tensor")
         return jax.jit(self.shard_map(self.program.logits, (self.specs(at_rest=False), BATCH_SPEC), out))
@@ -121,7 +123,7 @@ class Deployment:
             )
 
     @cached_property
-    def loss_and_gradients_program(self) -> Callable:
+    def loss_and_gradients_program(self) -> Wrapped:
         """The jitted function of (params at rest, placed batch) behind loss_and_gradients."""
         rest = self.specs(at_rest=True)
         batch_specs = {"ids_BL": BATCH_SPEC, "targets_BL": BATCH_SPEC}

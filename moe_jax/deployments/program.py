@@ -52,9 +52,9 @@ class Program:
     def seams(self) -> Seams:
         """How this deployment spreads a block: the exchange over expert, sums over tensor."""
         size = self.axes.size("expert")
-        exchange = (
-            BucketedExchange("expert", size, self.deployment.bucket_rows) if size > 1 else local_exchange
-        )
+        bucketed = size > 1 or self.deployment.exchange == "bucketed"
+        wide = BucketedExchange("expert", size, self.deployment.bucket_rows)
+        exchange = wide if bucketed else local_exchange
         return Seams(exchange, lambda x: self.axes.sum(x, "tensor"))
 
     def embed(self, params: dict, ids_BL: jax.Array) -> jax.Array:

@@ -49,7 +49,7 @@ class Generator:
         """
         num_sequences, length = ids_BL.shape
         padding = -num_sequences % self.deployment.axes.size(*BATCH_AXES)
-        padded = np.pad(ids_BL, ((0, padding), (0, 0)))
+        padded = np.pad(ids_BL, ((0, padding), (0, 0)), mode="wrap")
         ids = self.deployment.place_batch({"ids": padded})["ids"]
         cache = self._empty_cache(len(padded), length + max_new_tokens)
         sampling = {"temperature": np.float32(temperature), "seed": np.uint32(seed)}

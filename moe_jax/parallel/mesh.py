@@ -22,9 +22,10 @@ def make_mesh(sizes: dict[str, int], devices: Sequence | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     needed = int(np.prod(list(sizes.values())))
     if len(devices) < needed:
+        kind = f" ({devices[0].platform})" if devices else ""
         shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
         raise ConfigError(
-            f"deployment: {shape} needs {needed} devices, found {len(devices)} ({devices[0].platform}); use "
+            f"deployment: {shape} needs {needed} devices, found {len(devices)}{kind}; use "
             f"a smaller deployment, or emulate them on the CPU: set JAX_PLATFORMS=cpu and "
             f"jax.config.update('jax_num_cpu_devices', {needed}) before the first jax call"
         )

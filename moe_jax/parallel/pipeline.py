@@ -15,12 +15,14 @@ def pipeline(
     """Run every microbatch through all stages, for use inside a shard_map over ``axis``.
 
     stage: this device's stage, microbatch -> (microbatch of the same shape and dtype, aux tree).
-    x_M: [M, ...] the microbatches, needed on the first stage only.
+    x_M: [M, ...] the microbatches. They enter on the first stage; on the others only the first one is used,
+    as what their idle ticks work on.
     Returns (y_M, aux_M): y_M [M, ...] holds the results on the LAST stage and is meaningless on the others;
     aux_M holds each device's own stage's aux for every microbatch.
 
     M + num_stages - 1 ticks, each ending in one permute; in the ticks in which a stage has no microbatch it
-    works on values whose results are dropped. The bubble is (num_stages - 1) / M of the useful time.
+    works on values whose results are dropped: those of a microbatch, as a router sends zeros all one way. The
+    bubble is (num_stages - 1) / M of the useful time.
     """
     num_microbatches = x_M.shape[0]
     if num_stages == 1:
@@ -36,7 +38,7 @@ def pipeline(
         return jax.lax.ppermute(y, axis, to_next), (y, aux)
 
     ticks = jnp.arange(num_microbatches + num_stages - 1, dtype=jnp.int32)
-    _, (y_ticks, aux_ticks) = jax.lax.scan(tick, jnp.zeros_like(x_M[0]), ticks)
+    _, (y_ticks, aux_ticks) = jax.lax.scan(tick, x_M[0], ticks)
     # Stage s meets microbatch m in tick m + s.
     aux_M = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, index, num_microbatches), aux_ticks)
     return y_ticks[num_stages - 1 :], aux_M

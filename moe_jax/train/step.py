@@ -1,6 +1,5 @@
 """The training step: one program per device, from master weights at rest to master weights at rest."""
 
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import PartitionSpec
+from jax.stages import Wrapped
 
 from moe_jax.config.schema import TrainConfig
 from moe_jax.deployments import Deployment
@@ -106,7 +106,7 @@ class Trainer:
         return self.evaluate_program(params, self.place(batch, slices=1))
 
     @cached_property
-    def step_program(self) -> Callable:
+    def step_program(self) -> Wrapped:
         """The jitted function of (state, placed batch) behind step."""
         batch = {"ids_BL": _BATCH_SPEC, "targets_BL": _BATCH_SPEC}
         layers = PartitionSpec("pipe")
@@ -118,7 +118,7 @@ class Trainer:
         return jax.jit(f, donate_argnums=0)
 
     @cached_property
-    def evaluate_program(self) -> Callable:
+    def evaluate_program(self) -> Wrapped:
         """The jitted function of (params at rest, placed batch) behind evaluate."""
         batch = {"ids_BL": _BATCH_SPEC, "targets_BL": _BATCH_SPEC}
         params = self.deployment.specs(at_rest=True)

@@ -21,7 +21,7 @@ def default_bucket_rows(num_tokens: int, top_k: int, num_experts: int) -> int:
     """Rows per (source, expert) that a round carries: the mean load and four standard deviations of it.
 
     For uniformly random routing the load of an expert is near Poisson, so that one round nearly always does.
-    num_tokens: of one source. A multiple of 8, and never more than the num_tokens that one expert can get.
+    num_tokens: of one source. A multiple of 8, unless capped by the num_tokens that one expert can get.
     """
     mean = num_tokens * top_k / num_experts
     return min(num_tokens, 8 * math.ceil((mean + 4 * math.sqrt(mean)) / 8))
@@ -99,10 +99,15 @@ class BucketedExchange:
 
     def _further_rounds(self, one_round, y_TD: jax.Array, rounds: jax.Array, limit: int) -> jax.Array:
         """Add rounds 1 .. rounds-1, of at most limit; the count is equal on the whole axis."""
-        saved_round = jax.checkpoint(one_round)
+
+        # The condition is inside of what is recomputed: outside of it, the backward pass would keep a copy of
+        # the tokens and the experts' weights for each round.
+        @jax.checkpoint
+        def round_or_zeros(index):
+            return jax.lax.cond(index < rounds, one_round, lambda _: jnp.zeros_like(y_TD), index)
 
         def body(y_TD, index):
-            return jax.lax.cond(index < rounds, lambda y: y + saved_round(index), lambda y: y, y_TD), None
+            return y_TD + round_or_zeros(index), None
 
         def all_rounds(y_TD):
             return jax.lax.scan(body, y_TD, jnp.arange(1, limit, dtype=jnp.int32))[0]
