@@ -145,9 +145,9 @@ def test_a_complete_run_changes_nothing(text, straight, tmp_path):
     before = content(folder)
     assert train(small_run(text, folder, "ep16", EVAL)) == 0
     after = content(folder)
-    assert {name for name in after if after[name] != before.get(name)} == {
-        "config.yaml", "environment.json", "config.1.yaml", "environment.1.json"
-    }  # fmt: skip
+    changed = {name for name in after if after[name] != before.get(name)}
+    # environment.json is written again too, with the same text unless the checkout changed meanwhile
+    assert changed - {"environment.json"} == {"config.yaml", "config.1.yaml", "environment.1.json"}
 
 
 OTHER_RUNS = [
