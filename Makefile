@@ -10,6 +10,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+# Two workers, each with whole files: compiling is most of the work and uses one core.
+WORKERS := -n 2 --dist loadfile
 BIN := $(VENV)/bin/python
 PIP := $(BIN) -m pip --disable-pip-version-check install --quiet
 
@@ -20,13 +22,13 @@ demo: $(VENV)/.installed
 	$(BIN) scripts/demo.py
 
 test: $(VENV)/.installed-dev
-	$(BIN) -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN) -m pytest $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN) -m pytest -m slow $(PYTEST_ARGS)
+	$(BIN) -m pytest $(WORKERS) -m slow $(PYTEST_ARGS)
 
 test-smoke: $(VENV)/.installed-dev
-	$(BIN) -m pytest -m smoke $(PYTEST_ARGS)
+	$(BIN) -m pytest $(WORKERS) -m smoke $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN) -m ruff check .
