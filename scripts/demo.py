@@ -20,7 +20,7 @@ FIRST, SECOND = "ep16", "tp8pp2"
 class DemoOptions:
     """What the demo does."""
 
-    steps: int = 120
+    steps: int = 150
     """Steps under ep16 before the checkpoint is carried over."""
     more_steps: int = 20
     """Steps that both deployments then do on the same batches."""
