@@ -144,6 +144,7 @@ def test_a_kill_in_the_middle_of_saves_leaves_only_whole_checkpoints(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_many_kills_in_the_middle_of_saves_leave_only_whole_checkpoints(tmp_path):
     moments_s = np.random.default_rng(0).uniform(0, 0.5, 25).tolist()
     assert _kill_savers(tmp_path, moments_s) > 5
