@@ -24,7 +24,7 @@ MESHES = {
     "ep16 bucket 1": DeploymentConfig(expert=16, bucket_rows=1),
 }
 ROUTINGS = ("random", "one_expert", "same_experts", "empty_expert")
-# An epsilon above float32 rounding: with less, AdamW makes steps of full size out of gradients that are noise.
+# An epsilon above float32 rounding: with less, AdamW takes full-size steps where gradients are noise.
 TRAIN = TrainConfig(batch_size=B, steps=8, warmup_steps=2, learning_rate=1e-3, adam_eps=1e-5)
 
 
